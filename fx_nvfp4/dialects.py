@@ -1,0 +1,175 @@
+"""How each producer turns numbers into NVFP4: one class a rule, differing only where the producers differ.
+
+All rules work on fp32 (or the input's dtype, where a producer rounds early) and share the format of
+:mod:`fx_nvfp4.format`. The hardware's rule is the default everywhere; the others exist to reproduce what
+a checkpoint's producer, or a graph that spells that producer's arithmetic, computes bit for bit.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+E2M1_MAX = 6.0
+E4M3_MAX = 448.0
+
+# Half-way points between neighbouring E2M1 magnitudes. `right=True` at an odd code sends a tie up to the even
+# neighbour, `right=False` at an even code keeps it there: together, round to nearest, ties to even.
+_MIDPOINTS = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
+_ONE_SIXTH = torch.tensor(1.0 / 6.0, dtype=torch.float32).item()
+
+
+def encode_e2m1(x: Tensor) -> Tensor:
+    """Round float32 to E2M1 codes as CUDA's cvt.rn.satfinite does.
+
+    Args:
+        x: float32, any shape.
+
+    Returns:
+        uint8 codes 0 to 15, same shape: nearest, ties to even, saturating at 6; the sign is kept on zero,
+        NaN becomes +6, infinities become +-6.
+    """
+    magnitude = x.abs()
+    midpoints = _MIDPOINTS.to(x.device)
+    above = torch.bucketize(magnitude, midpoints, right=True)
+    below = torch.bucketize(magnitude, midpoints, right=False)
+    # At a tie the two differ by one, and exactly one of them is even.
+    code = torch.where(below % 2 == 0, below, above).to(torch.uint8)
+    nan = torch.isnan(x)
+    code = torch.where(nan, 7, code)
+    return code | ((torch.signbit(x) & ~nan).to(torch.uint8) << 3)
+
+
+def encode_e4m3(x: Tensor) -> Tensor:
+    """Round non-negative float32 to float8_e4m3fn, nearest even, saturating at 448 (NaN stays NaN)."""
+    return x.clamp(max=E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+class Dialect:
+    """The hardware's rule (vLLM's CUDA kernel and the PTX conversions it calls).
+
+    With s the global scale (multiplier) and g its fp32 reciprocal: block scale = e4m3(g * (amax * (1/6))),
+    code = e2m1(x * (1 / (block scale * s))), and a block whose scale rounds to zero is zero.
+    Subclasses override the steps in which a producer differs.
+    """
+
+    name = "hardware"
+
+    def amax(self, blocks: Tensor) -> Tensor:
+        """Largest magnitude per block [..., 1]; the hardware's maximum ignores NaN."""
+        magnitude = blocks.abs()
+        return torch.where(magnitude.isnan(), 0.0, magnitude).amax(dim=-1, keepdim=True)
+
+    def block_scale(self, amax: Tensor, s: Tensor, g: Tensor) -> Tensor:
+        """e4m3 block scales from the blocks' maxima (in the input's dtype), s and g (fp32)."""
+        return encode_e4m3(g * (amax.float() * _ONE_SIXTH))
+
+    def scaled(self, blocks: Tensor, scale: Tensor, s: Tensor, g: Tensor) -> Tensor:
+        """fp32 numbers that E2M1 rounding turns into codes."""
+        reciprocal = torch.where(scale == 0, 0.0, 1.0 / (scale * s))
+        scaled = blocks.float() * reciprocal
+        # inf * 0 is NaN; in a block without a scale every code is zero.
+        return torch.where(scale == 0, torch.copysign(torch.zeros_like(scaled), blocks.float()), scaled)
+
+    def value(self, code_value: Tensor, scale: Tensor, s: Tensor, g: Tensor) -> Tensor:
+        """fp32 values of decoded codes; scale and s are multiplied first, as all producers do."""
+        return code_value * (scale * s)
+
+
+def _unsigned_zero(x: Tensor, largest: float = 0.0) -> Tensor:
+    """x with -0 turned into +0: rounding by sign(x) * magnitude, as the Python producers do, drops that sign."""
+    return torch.where(x.abs() <= largest, 0.0, x)
+
+
+def _spreading_amax(blocks: Tensor) -> Tensor:
+    """Largest magnitude per block [..., 1] by torch's amax: one NaN makes the whole block NaN."""
+    return blocks.abs().amax(dim=-1, keepdim=True)
+
+
+class Vllm(Dialect):
+    """vLLM's Python reference: the hardware's numbers, but NaN spreads over its block through the maximum."""
+
+    name = "vllm"
+
+    # Its products underflow there, and with them the sign (seen in its golden vectors).
+    underflow = 2.0**-125
+
+    def amax(self, blocks: Tensor) -> Tensor:
+        return _spreading_amax(blocks)
+
+    def scaled(self, blocks: Tensor, scale: Tensor, s: Tensor, g: Tensor) -> Tensor:
+        return super().scaled(_unsigned_zero(blocks, self.underflow), scale, s, g)
+
+    def value(self, code_value: Tensor, scale: Tensor, s: Tensor, g: Tensor) -> Tensor:
+        return code_value * (scale / g)
+
+
+class CompressedTensors(Dialect):
+    """compressed-tensors: amax / 6 rounded to the input's dtype, true division by scale / g, no zero scale."""
+
+    name = "compressed-tensors"
+    zero_scale = 0.125
+
+    def amax(self, blocks: Tensor) -> Tensor:
+        return _spreading_amax(blocks)
+
+    def block_scale(self, amax: Tensor, s: Tensor, g: Tensor) -> Tensor:
+        scale = encode_e4m3(g * (amax / E2M1_MAX).float())
+        return torch.where(scale.float() == 0, self.zero_scale, scale.float()).to(torch.float8_e4m3fn)
+
+    def scaled(self, blocks: Tensor, scale: Tensor, s: Tensor, g: Tensor) -> Tensor:
+        return _unsigned_zero(blocks).float() / (scale / g)
+
+    def value(self, code_value: Tensor, scale: Tensor, s: Tensor, g: Tensor) -> Tensor:
+        return code_value * (scale / g)
+
+
+class ModelOpt(Dialect):
+    """ModelOpt's exporter: scales of at least 2^-9 and of 1 for a zero block, true division, no negative zero."""
+
+    name = "modelopt"
+    smallest_scale = 2.0**-9
+
+    def amax(self, blocks: Tensor) -> Tensor:
+        return _spreading_amax(blocks)
+
+    def block_scale(self, amax: Tensor, s: Tensor, g: Tensor) -> Tensor:
+        scale = amax.float() / (E2M1_MAX * s)
+        return encode_e4m3(torch.where(scale == 0, 1.0, scale.clamp(min=self.smallest_scale)))
+
+    def scaled(self, blocks: Tensor, scale: Tensor, s: Tensor, g: Tensor) -> Tensor:
+        return _unsigned_zero(blocks).float() / (scale * s)
+
+    def value(self, code_value: Tensor, scale: Tensor, s: Tensor, g: Tensor) -> Tensor:
+        return _unsigned_zero(code_value) * (scale * s)
+
+
+class TorchAO(Dialect):
+    """torchao's NVFP4Tensor: no subnormal block scale, multiplication by (1 / s) / scale."""
+
+    name = "torchao"
+    smallest_scale = 2.0**-6
+
+    def amax(self, blocks: Tensor) -> Tensor:
+        return _spreading_amax(blocks)
+
+    def block_scale(self, amax: Tensor, s: Tensor, g: Tensor) -> Tensor:
+        scale = (amax.float() / E2M1_MAX) / s
+        return encode_e4m3(scale.clamp(min=self.smallest_scale))
+
+    def scaled(self, blocks: Tensor, scale: Tensor, s: Tensor, g: Tensor) -> Tensor:
+        return blocks.float() * ((1.0 / s) / scale)
+
+
+DIALECTS: dict[str, Dialect] = {d.name: d for d in (Dialect(), Vllm(), CompressedTensors(), ModelOpt(), TorchAO())}
+
+
+def get_dialect(name: str) -> Dialect:
+    """The rule of that name.
+
+    Raises:
+        ValueError: no such dialect; the message lists those there are.
+    """
+    if name not in DIALECTS:
+        raise ValueError(f"unknown NVFP4 dialect {name!r}; use one of {', '.join(sorted(DIALECTS))}")
+    return DIALECTS[name]
