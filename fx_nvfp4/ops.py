@@ -1,0 +1,226 @@
+"""The op set (``torch.ops.fx_nvfp4``): matmuls with packed NVFP4 weights, opaque to Dynamo and AOTAutograd.
+
+Weights are canonical in every op: qdata uint8 [.., N, K/2], block_scale [.., N, K/16] as float8_e4m3fn or its
+bytes in uint8, global_scale float32 [.., N] per output row. ``activations`` is "none", "static" (act_scale:
+float64 scalar, or [E] one per expert) or "dynamic" (amax / 2688 of the rows one weight multiplies in this call);
+``dialect`` names the quantising rule of :mod:`fx_nvfp4.dialects`. Results have x's dtype, rounded once from the
+fp32 sum.
+
+The plain bodies of :mod:`fx_nvfp4.reference` serve every device; on CUDA and ROCm, Triton kernels do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import format as nvfp4
+from . import reference
+from .reference import Activations
+
+ACTIVATION_MODES = ("none", "static", "dynamic")
+
+_WEIGHT = "Tensor x, Tensor qdata, Tensor block_scale, Tensor global_scale"
+_ACT = 'Tensor? act_scale=None, str activations="none", str dialect="hardware"'
+
+
+def check_operands(
+    op: str,
+    x: Tensor,
+    qdata: Tensor,
+    block_scale: Tensor,
+    global_scale: Tensor,
+    act_scale: Tensor | None,
+    activations: str,
+    expert_dims: int,
+) -> None:
+    """Raise ValueError, naming op and operand, unless shapes and dtypes are those of the module docstring."""
+    nvfp4.check_packed(qdata, reference.as_e4m3(block_scale))
+    if qdata.dim() != 2 + expert_dims:
+        raise ValueError(f"{op}: expected {2 + expert_dims}-D codes, got {list(qdata.shape)}")
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"{op}: x must be float32, bfloat16 or float16, got {x.dtype}")
+    if x.shape[-1] != qdata.shape[-1] * 2:
+        raise ValueError(f"{op}: x has K = {x.shape[-1]}, the packed weight K = {qdata.shape[-1] * 2}")
+    if global_scale.dtype != torch.float32 or global_scale.shape != qdata.shape[:-1]:
+        raise ValueError(
+            f"{op}: global_scale must be float32 {list(qdata.shape[:-1])}, one per output row, "
+            f"got {global_scale.dtype} {list(global_scale.shape)}"
+        )
+    _check_activations(op, qdata, act_scale, activations)
+
+
+def _check_activations(op: str, qdata: Tensor, act_scale: Tensor | None, activations: str) -> None:
+    if activations not in ACTIVATION_MODES:
+        raise ValueError(f"{op}: activations must be one of {ACTIVATION_MODES}, got {activations!r}")
+    if activations != "static":
+        return
+    shapes = [[], [qdata.shape[0]]] if qdata.dim() == 3 else [[]]
+    if act_scale is None or act_scale.dtype != torch.float64 or list(act_scale.shape) not in shapes:
+        found = "None" if act_scale is None else f"{act_scale.dtype} {list(act_scale.shape)}"
+        raise ValueError(f"{op}: static activations need a float64 act_scale of shape {shapes}, got {found}")
+
+
+@torch.library.custom_op("fx_nvfp4::linear", mutates_args=(), schema=f"({_WEIGHT}, {_ACT}) -> Tensor")
+def linear(
+    x: Tensor,
+    qdata: Tensor,
+    block_scale: Tensor,
+    global_scale: Tensor,
+    act_scale: Tensor | None = None,
+    activations: str = "none",
+    dialect: str = "hardware",
+) -> Tensor:
+    """x [..., K] times one weight [N, K] transposed -> [..., N]."""
+    check_operands("linear", x, qdata, block_scale, global_scale, act_scale, activations, 0)
+    return reference.linear(x, qdata, block_scale, global_scale, Activations(activations, act_scale, dialect))
+
+
+@torch.library.custom_op("fx_nvfp4::batched", mutates_args=(), schema=f"({_WEIGHT}, {_ACT}) -> Tensor")
+def batched(
+    x: Tensor,
+    qdata: Tensor,
+    block_scale: Tensor,
+    global_scale: Tensor,
+    act_scale: Tensor | None = None,
+    activations: str = "none",
+    dialect: str = "hardware",
+) -> Tensor:
+    """x [E, M, K] times expert weights [E, N, K] transposed, expert by expert -> [E, M, N]."""
+    check_operands("batched", x, qdata, block_scale, global_scale, act_scale, activations, 1)
+    return reference.batched(x, qdata, block_scale, global_scale, Activations(activations, act_scale, dialect))
+
+
+@torch.library.custom_op("fx_nvfp4::indexed", mutates_args=(), schema=f"({_WEIGHT}, Tensor ids, {_ACT}) -> Tensor")
+def indexed(
+    x: Tensor,
+    qdata: Tensor,
+    block_scale: Tensor,
+    global_scale: Tensor,
+    ids: Tensor,
+    act_scale: Tensor | None = None,
+    activations: str = "none",
+    dialect: str = "hardware",
+) -> Tensor:
+    """Row s of x [S, K] times the weight of expert ids[s] transposed -> [S, N]; ids outside 0..E-1 give zeros."""
+    check_operands("indexed", x, qdata, block_scale, global_scale, act_scale, activations, 1)
+    act = Activations(activations, act_scale, dialect)
+    return reference.routed(x, qdata, block_scale, global_scale, reference.rows_by_ids(ids, qdata.shape[0]), act)
+
+
+@torch.library.custom_op("fx_nvfp4::grouped", mutates_args=(), schema=f"({_WEIGHT}, Tensor offs, {_ACT}) -> Tensor")
+def grouped(
+    x: Tensor,
+    qdata: Tensor,
+    block_scale: Tensor,
+    global_scale: Tensor,
+    offs: Tensor,
+    act_scale: Tensor | None = None,
+    activations: str = "none",
+    dialect: str = "hardware",
+) -> Tensor:
+    """Rows of x [S, K] sorted by expert, expert e's ending at offs[e] -> [S, N]; rows past offs[-1] give zeros."""
+    check_operands("grouped", x, qdata, block_scale, global_scale, act_scale, activations, 1)
+    act = Activations(activations, act_scale, dialect)
+    return reference.routed(x, qdata, block_scale, global_scale, reference.rows_by_offsets(offs), act)
+
+
+@torch.library.custom_op(
+    "fx_nvfp4::fake_quantize",
+    mutates_args=(),
+    schema='(Tensor x, Tensor scale, str dialect="hardware") -> Tensor',
+)
+def fake_quantize(x: Tensor, scale: Tensor, dialect: str = "hardware") -> Tensor:
+    """Round activations [..., K] to NVFP4 and back, in x's dtype; scale: float64 multiplier, [] or one per row."""
+    return nvfp4.fake_quantize(x, scale if scale.dim() == 0 else scale.unsqueeze(-1), dialect)
+
+
+@torch.library.custom_op(
+    "fx_nvfp4::dequantize",
+    mutates_args=(),
+    schema="(Tensor qdata, Tensor block_scale, Tensor global_scale, ScalarType dtype) -> Tensor",
+)
+def dequantize(qdata: Tensor, block_scale: Tensor, global_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The whole weight [.., N, K] in dtype. In a compiled graph each of these is reported: it undoes the packing."""
+    return nvfp4.dequantize(qdata, reference.as_e4m3(block_scale), global_scale.unsqueeze(-1), dtype)
+
+
+@torch.library.custom_op(
+    "fx_nvfp4::input_grad",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor qdata, Tensor block_scale, Tensor global_scale,"
+    " Tensor? ids=None, Tensor? offs=None) -> Tensor",
+)
+def input_grad(
+    grad: Tensor,
+    qdata: Tensor,
+    block_scale: Tensor,
+    global_scale: Tensor,
+    ids: Tensor | None = None,
+    offs: Tensor | None = None,
+) -> Tensor:
+    """Gradient with respect to x of linear (2-D codes), indexed (ids), grouped (offs) or batched (neither)."""
+    rows = None
+    if ids is not None:
+        rows = reference.rows_by_ids(ids, qdata.shape[0])
+    elif offs is not None:
+        rows = reference.rows_by_offsets(offs)
+    return reference.input_grad(grad, qdata, block_scale, global_scale, rows)
+
+
+@linear.register_fake
+def _(x: Tensor, qdata: Tensor, *_args: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], qdata.shape[0])
+
+
+@batched.register_fake
+@indexed.register_fake
+@grouped.register_fake
+def _(x: Tensor, qdata: Tensor, *_args: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], qdata.shape[1])
+
+
+@fake_quantize.register_fake
+def _(x: Tensor, scale: Tensor, dialect: str = "hardware") -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@dequantize.register_fake
+def _(qdata: Tensor, block_scale: Tensor, global_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return qdata.new_empty(*qdata.shape[:-1], qdata.shape[-1] * 2, dtype=dtype)
+
+
+@input_grad.register_fake
+def _(grad: Tensor, qdata: Tensor, *_args: Any) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], qdata.shape[-1] * 2)
+
+
+def _save_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:4])
+
+
+def _save_routing(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:5])
+
+
+def _backward_plain(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return input_grad(grad, *ctx.saved_tensors), None, None, None, None, None, None
+
+
+def _backward_indexed(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    *weight, ids = ctx.saved_tensors
+    return input_grad(grad, *weight, ids=ids), None, None, None, None, None, None, None
+
+
+def _backward_grouped(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    *weight, offs = ctx.saved_tensors
+    return input_grad(grad, *weight, offs=offs), None, None, None, None, None, None, None
+
+
+linear.register_autograd(_backward_plain, setup_context=_save_weight)
+batched.register_autograd(_backward_plain, setup_context=_save_weight)
+indexed.register_autograd(_backward_indexed, setup_context=_save_routing)
+grouped.register_autograd(_backward_grouped, setup_context=_save_routing)
+fake_quantize.register_autograd(lambda ctx, grad: (grad, None, None))

@@ -1,0 +1,127 @@
+"""Plain PyTorch bodies of the ops: the truth in tests, and what runs on a CPU.
+
+Arithmetic is the same everywhere: code * block_scale on both sides (exact), products summed in fp32, and the
+global scales of weight row and activation multiplied into the fp32 sum once. An expert that no row chose is
+never dequantised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .format import TWO_LEVEL_MAX, code_times_scale, quantize
+
+
+@dataclass(frozen=True)
+class Activations:
+    """How the left operand is quantised before the product.
+
+    mode: "none" (x enters as it is), "static" (with ``scale``, float64: one for all, or one per expert) or
+    "dynamic" (amax / 2688 of the rows that one weight multiplies in this call).
+    """
+
+    mode: str
+    scale: Tensor | None
+    dialect: str
+
+    def of_expert(self, expert: int) -> Activations:
+        """The same with the scale of one expert."""
+        if self.scale is None or self.scale.dim() == 0:
+            return self
+        return Activations(self.mode, self.scale[expert], self.dialect)
+
+    def enter(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(fp32 operand, fp32 multiplier of the sum or None) for rows x [M, K]."""
+        if self.mode == "none":
+            return x.float(), None
+        scale = self._dynamic_scale(x) if self.mode == "dynamic" else self.scale
+        assert scale is not None
+        return code_times_scale(*quantize(x, scale, self.dialect)), scale.float()
+
+    @staticmethod
+    def _dynamic_scale(x: Tensor) -> Tensor:
+        amax = x.abs().amax().double() if x.numel() else x.new_zeros((), dtype=torch.float64)
+        return torch.where(amax > 0, amax / TWO_LEVEL_MAX, 1.0)
+
+
+def matmul(x: Tensor, qdata: Tensor, block_scale: Tensor, global_scale: Tensor, act: Activations) -> Tensor:
+    """x [M, K] times one packed weight [N, K] transposed -> [M, N] in x's dtype."""
+    operand, multiplier = act.enter(x)
+    y = (operand @ code_times_scale(qdata, as_e4m3(block_scale)).T) * _merge(global_scale, multiplier)
+    return y.to(x.dtype)
+
+
+def linear(x: Tensor, qdata: Tensor, block_scale: Tensor, global_scale: Tensor, act: Activations) -> Tensor:
+    y = matmul(x.reshape(-1, x.shape[-1]), qdata, block_scale, global_scale, act)
+    return y.reshape(*x.shape[:-1], qdata.shape[0])
+
+
+def batched(x: Tensor, qdata: Tensor, block_scale: Tensor, global_scale: Tensor, act: Activations) -> Tensor:
+    y = x.new_empty(*x.shape[:2], qdata.shape[1])
+    for e in range(x.shape[0]):
+        y[e] = matmul(x[e], qdata[e], block_scale.view(torch.uint8)[e], global_scale[e], act.of_expert(e))
+    return y
+
+
+def routed(
+    x: Tensor,
+    qdata: Tensor,
+    block_scale: Tensor,
+    global_scale: Tensor,
+    rows: Iterator[tuple[int, Tensor]],
+    act: Activations,
+) -> Tensor:
+    """Rows of x through the experts that ``rows`` assigns them to; a row of no expert is zero."""
+    y = x.new_zeros(x.shape[0], qdata.shape[1])
+    for e, index in rows:
+        y[index] = matmul(x[index], qdata[e], block_scale.view(torch.uint8)[e], global_scale[e], act.of_expert(e))
+    return y
+
+
+def rows_by_ids(ids: Tensor, experts: int) -> Iterator[tuple[int, Tensor]]:
+    """(expert, its rows) for each expert that occurs in ids [S]; ids outside 0..experts-1 belong to nobody."""
+    for e in torch.unique(ids).tolist():
+        if 0 <= e < experts:
+            yield e, (ids == e).nonzero().squeeze(1)
+
+
+def rows_by_offsets(offs: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """(expert, its rows) for each non-empty group; offs [E] holds the groups' ends."""
+    start = 0
+    for e, end in enumerate(offs.tolist()):
+        if end > start:
+            yield e, torch.arange(start, end, device=offs.device)
+        start = end
+
+
+def input_grad(
+    grad: Tensor,
+    qdata: Tensor,
+    block_scale: Tensor,
+    global_scale: Tensor,
+    rows: Iterator[tuple[int, Tensor]] | None,
+) -> Tensor:
+    """Gradient of the product with respect to x; rounding of activations counts as the identity."""
+    if qdata.dim() == 2:
+        return _grad(grad, qdata, block_scale, global_scale)
+    x = grad.new_zeros(*grad.shape[:-1], qdata.shape[-1] * 2)
+    for e, index in rows if rows is not None else ((e, e) for e in range(qdata.shape[0])):
+        x[index] = _grad(grad[index], qdata[e], block_scale.view(torch.uint8)[e], global_scale[e])
+    return x
+
+
+def as_e4m3(block_scale: Tensor) -> Tensor:
+    """Block scales as float8_e4m3fn; they may travel as bytes, which every device can index and copy."""
+    return block_scale.view(torch.float8_e4m3fn) if block_scale.dtype == torch.uint8 else block_scale
+
+
+def _grad(grad: Tensor, qdata: Tensor, block_scale: Tensor, global_scale: Tensor) -> Tensor:
+    return ((grad.float() * global_scale) @ code_times_scale(qdata, as_e4m3(block_scale))).to(grad.dtype)
+
+
+def _merge(global_scale: Tensor, multiplier: Tensor | None) -> Tensor:
+    return global_scale if multiplier is None else global_scale * multiplier

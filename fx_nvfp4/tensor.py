@@ -1,0 +1,219 @@
+"""The packed weight: a tensor subclass that looks like a dense weight and holds NVFP4."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchao.utils import TorchAOBaseTensor
+
+from . import format as nvfp4
+from .dialects import get_dialect
+from .ops import ACTIVATION_MODES
+
+
+class NVFP4Weight(TorchAOBaseTensor):
+    """A linear weight [N, K] or the experts' weights [E, N, K] in NVFP4, never held in another form.
+
+    Value = code * block_scale * global_scale[row]. Matrix products with it run the ops of
+    :mod:`fx_nvfp4.ops`; every other arithmetic raises and asks for an explicit :meth:`dequantize`.
+
+    Args:
+        qdata: uint8 [.., N, K/2], two E2M1 codes a byte along K, the even element in the low nibble.
+        block_scale: float8_e4m3fn [.., N, K/16], linear.
+        global_scale: float32 [.., N], the multiplier of each output row, so that gate, up and every expert
+            keep their own exactly.
+        orig_dtype: the dtype this weight shows: float32, bfloat16 or float16.
+        activations: "none" (W4A16), "static" (the left operand is rounded to NVFP4 with act_scale) or "dynamic".
+        dialect: whose rule rounds activations, see :mod:`fx_nvfp4.dialects`.
+        transposed: show [.., K, N], as models that multiply x @ weight store it.
+        act_scale: float64 [] or [E], activation global scale as a multiplier; float64 so that the fp32
+            reciprocal which some producers store is recovered bit for bit.
+        expert_ids: int64, any shape: this is ``experts[expert_ids]``, not yet gathered.
+
+    Raises:
+        ValueError: shapes, dtypes or names do not fit together; the message names the part.
+    """
+
+    tensor_data_names = ["qdata", "block_scale", "global_scale"]  # noqa: RUF012
+    tensor_attribute_names = ["orig_dtype", "activations", "dialect", "transposed"]  # noqa: RUF012
+    optional_tensor_data_names = ["act_scale", "expert_ids"]  # noqa: RUF012
+
+    qdata: Tensor
+    block_scale: Tensor
+    global_scale: Tensor
+    orig_dtype: torch.dtype
+    activations: str
+    dialect: str
+    transposed: bool
+    act_scale: Tensor | None
+    expert_ids: Tensor | None
+
+    def __new__(
+        cls,
+        qdata: Tensor,
+        block_scale: Tensor,
+        global_scale: Tensor,
+        orig_dtype: torch.dtype = torch.bfloat16,
+        activations: str = "none",
+        dialect: str = "hardware",
+        transposed: bool = False,
+        act_scale: Tensor | None = None,
+        expert_ids: Tensor | None = None,
+    ) -> NVFP4Weight:
+        _check(qdata, block_scale, global_scale, orig_dtype, activations, dialect, act_scale, expert_ids)
+        lead = qdata.shape[:-2] if expert_ids is None else expert_ids.shape
+        n, k = qdata.shape[-2], qdata.shape[-1] * 2
+        shape = (*lead, k, n) if transposed else (*lead, n, k)
+        # Views of an ordinary tensor must be ordinary too, also where they are taken in inference mode.
+        with torch.inference_mode(False):
+            return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=orig_dtype, device=qdata.device)  # type: ignore[attr-defined]
+
+    def __init__(
+        self,
+        qdata: Tensor,
+        block_scale: Tensor,
+        global_scale: Tensor,
+        orig_dtype: torch.dtype = torch.bfloat16,
+        activations: str = "none",
+        dialect: str = "hardware",
+        transposed: bool = False,
+        act_scale: Tensor | None = None,
+        expert_ids: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.qdata, self.block_scale, self.global_scale = qdata, block_scale, global_scale
+        self.orig_dtype, self.activations, self.dialect = orig_dtype, activations, dialect
+        self.transposed, self.act_scale, self.expert_ids = transposed, act_scale, expert_ids
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        handler = cls._ATEN_OP_TABLE[cls].get(func)
+        if handler is not None:
+            return handler(func, types, args, kwargs or {})
+        if func._can_decompose():
+            return func.decompose(*args, **(kwargs or {}))
+        packed = next((a for a in args if isinstance(a, NVFP4Weight)), None)
+        raise unsupported(func, packed, "not a view or a matrix product")
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"NVFP4Weight(shape={list(self.shape)}, dtype={self.dtype}, device={self.device}, {self.describe()})"
+
+    def describe(self) -> str:
+        """Short text of format and activations, e.g. "W4A4 static per-expert"."""
+        if self.activations == "none":
+            return "W4A16"
+        per_expert = " per-expert" if self.act_scale is not None and self.act_scale.dim() else ""
+        return f"W4A4 {self.activations}{per_expert}"
+
+    def replace(self, **changes: Any) -> NVFP4Weight:
+        """A weight that shares what is not changed."""
+        names = (*self.tensor_data_names, *self.tensor_attribute_names, *self.optional_tensor_data_names)
+        return NVFP4Weight(**{name: changes.get(name, getattr(self, name)) for name in names})
+
+    def _apply_fn_to_data(self, fn: Callable[[Tensor], Tensor]) -> NVFP4Weight:
+        names = (*self.tensor_data_names, *self.optional_tensor_data_names)
+        parts = {name: getattr(self, name) for name in names}
+        return self.replace(**{name: fn(part) for name, part in parts.items() if part is not None})
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense weight in dtype (default: the shown one), a new tensor; a compiled graph reports it."""
+        w = torch.ops.fx_nvfp4.dequantize(
+            self.qdata, self.block_scale.view(torch.uint8), self.global_scale, dtype or self.orig_dtype
+        )
+        w = w if self.expert_ids is None else w[self.expert_ids]
+        return w.transpose(-2, -1) if self.transposed else w
+
+    @classmethod
+    def from_dense(
+        cls,
+        weight: Tensor,
+        activations: str = "none",
+        act_scale: Tensor | None = None,
+        dialect: str = "hardware",
+        global_scale: Tensor | None = None,
+    ) -> NVFP4Weight:
+        """Quantise a dense weight [N, K] or [E, N, K].
+
+        Args:
+            weight: float32, bfloat16 or float16; K a multiple of 16.
+            activations, act_scale, dialect: as for the class; the weight is rounded by the same dialect.
+            global_scale: multiplier, broadcasts to [.., N]; by default amax / 2688 of each 2-D weight.
+        """
+        if global_scale is None:
+            amax = weight.detach().abs().amax(dim=(-2, -1), keepdim=True).squeeze(-1).float()
+            global_scale = torch.where(amax > 0, amax / nvfp4.TWO_LEVEL_MAX, 1.0)
+        global_scale = global_scale.float().expand(weight.shape[:-1]).contiguous()
+        qdata, block_scale = nvfp4.quantize(weight.detach(), global_scale.unsqueeze(-1), dialect)
+        return cls(qdata, block_scale, global_scale, weight.dtype, activations, dialect, act_scale=act_scale)
+
+    @classmethod
+    def from_torchao(cls, weight: Tensor) -> NVFP4Weight:
+        """Convert torchao's NVFP4Tensor [N, K] or [E, N, K] (linear or swizzled scales); codes are shared.
+
+        Raises:
+            TypeError: not a torchao NVFP4Tensor.
+        """
+        from .torchao_interop import from_torchao
+
+        return from_torchao(weight)
+
+    def to_torchao(self) -> Tensor:
+        """Convert to torchao's NVFP4Tensor with linear scales.
+
+        Raises:
+            ValueError: rows of one expert have different global scales, which torchao cannot hold.
+        """
+        from .torchao_interop import to_torchao
+
+        return to_torchao(self)
+
+
+def unsupported(func: Any, weight: NVFP4Weight | None, why: str) -> NotImplementedError:
+    """The error for an operation that would need the dense weight."""
+    what = "" if weight is None else f" {list(weight.shape)}"
+    return NotImplementedError(
+        f"{func} on an NVFP4Weight{what}: {why}. Packed weights serve views and matrix products in which K is "
+        "contracted; call .dequantize() where the dense weight is wanted."
+    )
+
+
+def _check(
+    qdata: Tensor,
+    block_scale: Tensor,
+    global_scale: Tensor,
+    orig_dtype: torch.dtype,
+    activations: str,
+    dialect: str,
+    act_scale: Tensor | None,
+    expert_ids: Tensor | None,
+) -> None:
+    nvfp4.check_packed(qdata, block_scale)
+    get_dialect(dialect)
+    if qdata.dim() not in (2, 3):
+        raise ValueError(f"NVFP4Weight: codes must be [N, K/2] or [E, N, K/2], got {list(qdata.shape)}")
+    if global_scale.dtype != torch.float32 or global_scale.shape != qdata.shape[:-1]:
+        raise ValueError(
+            f"NVFP4Weight: global_scale must be float32 {list(qdata.shape[:-1])}, one per output row, "
+            f"got {global_scale.dtype} {list(global_scale.shape)}; expand a per-tensor scale"
+        )
+    if orig_dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"NVFP4Weight: orig_dtype must be float32, bfloat16 or float16, got {orig_dtype}")
+    if activations not in ACTIVATION_MODES:
+        raise ValueError(f"NVFP4Weight: activations must be one of {ACTIVATION_MODES}, got {activations!r}")
+    if (activations == "static") != (act_scale is not None):
+        raise ValueError("NVFP4Weight: act_scale must be given for static activations, and only for them")
+    per_expert = [list(qdata.shape[:1])] if qdata.dim() == 3 else []
+    if act_scale is not None and (act_scale.dtype != torch.float64 or list(act_scale.shape) not in [[], *per_expert]):
+        raise ValueError(
+            f"NVFP4Weight: act_scale must be float64 of shape {[[], *per_expert]}, "
+            f"got {act_scale.dtype} {list(act_scale.shape)}"
+        )
+    if expert_ids is not None and (qdata.dim() != 3 or expert_ids.dtype not in (torch.int32, torch.int64)):
+        raise ValueError("NVFP4Weight: expert_ids must be integers and select among 3-D weights")
+
+
+# torch.load(weights_only=True) may rebuild the class.
+torch.serialization.add_safe_globals([NVFP4Weight])
