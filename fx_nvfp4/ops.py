@@ -11,6 +11,8 @@ The plain bodies of :mod:`fx_nvfp4.reference` serve every device; on CUDA and RO
 
 from __future__ import annotations
 
+import importlib.util
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from . import format as nvfp4
 from . import reference
 from .reference import Activations
 
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 ACTIVATION_MODES = ("none", "static", "dynamic")
 
 _WEIGHT = "Tensor x, Tensor qdata, Tensor block_scale, Tensor global_scale"
@@ -63,6 +66,15 @@ def _check_activations(op: str, qdata: Tensor, act_scale: Tensor | None, activat
         raise ValueError(f"{op}: static activations need a float64 act_scale of shape {shapes}, got {found}")
 
 
+def _bodies(tensor: Tensor) -> ModuleType:
+    """The module that computes on tensor's device."""
+    if not tensor.is_cuda or not _HAS_TRITON:
+        return reference
+    from . import gpu  # at the first call, as it imports Triton
+
+    return gpu
+
+
 @torch.library.custom_op("fx_nvfp4::linear", mutates_args=(), schema=f"({_WEIGHT}, {_ACT}) -> Tensor")
 def linear(
     x: Tensor,
@@ -75,7 +87,7 @@ def linear(
 ) -> Tensor:
     """x [..., K] times one weight [N, K] transposed -> [..., N]."""
     check_operands("linear", x, qdata, block_scale, global_scale, act_scale, activations, 0)
-    return reference.linear(x, qdata, block_scale, global_scale, Activations(activations, act_scale, dialect))
+    return _bodies(x).linear(x, qdata, block_scale, global_scale, Activations(activations, act_scale, dialect))
 
 
 @torch.library.custom_op("fx_nvfp4::batched", mutates_args=(), schema=f"({_WEIGHT}, {_ACT}) -> Tensor")
@@ -90,7 +102,7 @@ def batched(
 ) -> Tensor:
     """x [E, M, K] times expert weights [E, N, K] transposed, expert by expert -> [E, M, N]."""
     check_operands("batched", x, qdata, block_scale, global_scale, act_scale, activations, 1)
-    return reference.batched(x, qdata, block_scale, global_scale, Activations(activations, act_scale, dialect))
+    return _bodies(x).batched(x, qdata, block_scale, global_scale, Activations(activations, act_scale, dialect))
 
 
 @torch.library.custom_op("fx_nvfp4::indexed", mutates_args=(), schema=f"({_WEIGHT}, Tensor ids, {_ACT}) -> Tensor")
@@ -106,8 +118,7 @@ def indexed(
 ) -> Tensor:
     """Row s of x [S, K] times the weight of expert ids[s] transposed -> [S, N]; ids outside 0..E-1 give zeros."""
     check_operands("indexed", x, qdata, block_scale, global_scale, act_scale, activations, 1)
-    act = Activations(activations, act_scale, dialect)
-    return reference.routed(x, qdata, block_scale, global_scale, reference.rows_by_ids(ids, qdata.shape[0]), act)
+    return _bodies(x).indexed(x, qdata, block_scale, global_scale, ids, Activations(activations, act_scale, dialect))
 
 
 @torch.library.custom_op("fx_nvfp4::grouped", mutates_args=(), schema=f"({_WEIGHT}, Tensor offs, {_ACT}) -> Tensor")
@@ -123,8 +134,7 @@ def grouped(
 ) -> Tensor:
     """Rows of x [S, K] sorted by expert, expert e's ending at offs[e] -> [S, N]; rows past offs[-1] give zeros."""
     check_operands("grouped", x, qdata, block_scale, global_scale, act_scale, activations, 1)
-    act = Activations(activations, act_scale, dialect)
-    return reference.routed(x, qdata, block_scale, global_scale, reference.rows_by_offsets(offs), act)
+    return _bodies(x).grouped(x, qdata, block_scale, global_scale, offs, Activations(activations, act_scale, dialect))
 
 
 @torch.library.custom_op(
@@ -134,7 +144,7 @@ def grouped(
 )
 def fake_quantize(x: Tensor, scale: Tensor, dialect: str = "hardware") -> Tensor:
     """Round activations [..., K] to NVFP4 and back, in x's dtype; scale: float64 multiplier, [] or one per row."""
-    return nvfp4.fake_quantize(x, scale if scale.dim() == 0 else scale.unsqueeze(-1), dialect)
+    return _bodies(x).fake_quantize(x, scale, dialect)
 
 
 @torch.library.custom_op(
@@ -144,7 +154,7 @@ def fake_quantize(x: Tensor, scale: Tensor, dialect: str = "hardware") -> Tensor
 )
 def dequantize(qdata: Tensor, block_scale: Tensor, global_scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The whole weight [.., N, K] in dtype. In a compiled graph each of these is reported: it undoes the packing."""
-    return nvfp4.dequantize(qdata, reference.as_e4m3(block_scale), global_scale.unsqueeze(-1), dtype)
+    return _bodies(qdata).dequantize(qdata, block_scale, global_scale, dtype)
 
 
 @torch.library.custom_op(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import format as nvfp4
 from .format import TWO_LEVEL_MAX, code_times_scale, quantize
 
 
@@ -67,7 +68,27 @@ def batched(x: Tensor, qdata: Tensor, block_scale: Tensor, global_scale: Tensor,
     return y
 
 
-def routed(
+def indexed(
+    x: Tensor, qdata: Tensor, block_scale: Tensor, global_scale: Tensor, ids: Tensor, act: Activations
+) -> Tensor:
+    return _routed(x, qdata, block_scale, global_scale, rows_by_ids(ids, qdata.shape[0]), act)
+
+
+def grouped(
+    x: Tensor, qdata: Tensor, block_scale: Tensor, global_scale: Tensor, offs: Tensor, act: Activations
+) -> Tensor:
+    return _routed(x, qdata, block_scale, global_scale, rows_by_offsets(offs), act)
+
+
+def fake_quantize(x: Tensor, scale: Tensor, dialect: str) -> Tensor:
+    return nvfp4.fake_quantize(x, scale if scale.dim() == 0 else scale.unsqueeze(-1), dialect)
+
+
+def dequantize(qdata: Tensor, block_scale: Tensor, global_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return nvfp4.dequantize(qdata, as_e4m3(block_scale), global_scale.unsqueeze(-1), dtype)
+
+
+def _routed(
     x: Tensor,
     qdata: Tensor,
     block_scale: Tensor,

@@ -101,6 +101,13 @@ class NVFP4Weight(TorchAOBaseTensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"NVFP4Weight(shape={list(self.shape)}, dtype={self.dtype}, device={self.device}, {self.describe()})"
 
+    def _stable_hash_for_caching(self) -> str:
+        """What AOTAutograd's cache keys this weight on: everything but the numbers."""
+        names, attributes = self.__tensor_flatten__()
+        parts = [getattr(self, name) for name in names]
+        layout = [(str(t.dtype), tuple(t.shape), t.stride(), str(t.device)) for t in parts]
+        return f"NVFP4Weight {tuple(self.shape)} {names} {layout} {sorted(map(str, attributes.items()))}"
+
     def describe(self) -> str:
         """Short text of format and activations, e.g. "W4A4 static per-expert"."""
         if self.activations == "none":

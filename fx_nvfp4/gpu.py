@@ -1,0 +1,79 @@
+"""The ops on CUDA and ROCm: activations quantised, then one Triton product; no host synchronisation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import format as nvfp4
+from .kernels import batched as batched_kernels
+from .kernels import dequantize as dequantize_kernels
+from .kernels import fake_quantize as activation_kernels
+from .kernels import grouped as grouped_kernels
+from .kernels import indexed as indexed_kernels
+from .reference import Activations, as_e4m3
+
+
+def linear(x: Tensor, qdata: Tensor, block_scale: Tensor, global_scale: Tensor, act: Activations) -> Tensor:
+    operand, out_scale = _enter(x, act, None, 0)
+    return batched_kernels.linear(operand, qdata, block_scale, global_scale, out_scale)
+
+
+def batched(x: Tensor, qdata: Tensor, block_scale: Tensor, global_scale: Tensor, act: Activations) -> Tensor:
+    experts, rows = x.shape[:2]
+    group = torch.arange(experts, device=x.device).unsqueeze(1).expand(experts, rows) if act.mode != "none" else None
+    operand, out_scale = _enter(x, act, group, experts)
+    return batched_kernels.batched(operand, qdata, block_scale, global_scale, out_scale)
+
+
+def indexed(
+    x: Tensor, qdata: Tensor, block_scale: Tensor, global_scale: Tensor, ids: Tensor, act: Activations
+) -> Tensor:
+    operand, out_scale = _enter(x, act, ids, qdata.shape[0])
+    return indexed_kernels.indexed(operand, qdata, block_scale, global_scale, ids, out_scale)
+
+
+def grouped(
+    x: Tensor, qdata: Tensor, block_scale: Tensor, global_scale: Tensor, offs: Tensor, act: Activations
+) -> Tensor:
+    group = grouped_kernels.row_groups(offs, x.shape[0]) if act.mode != "none" else None
+    operand, out_scale = _enter(x, act, group, qdata.shape[0])
+    return grouped_kernels.grouped(operand, qdata, block_scale, global_scale, offs, out_scale)
+
+
+def fake_quantize(x: Tensor, scale: Tensor, dialect: str) -> Tensor:
+    if dialect != "hardware" or scale.dim() > 1:
+        return nvfp4.fake_quantize(x, scale if scale.dim() == 0 else scale.unsqueeze(-1), dialect)
+    rows = None if scale.dim() == 0 else torch.arange(x.shape[0], device=x.device)
+    return activation_kernels.fake_quantize(x, scale, rows)
+
+
+def dequantize(qdata: Tensor, block_scale: Tensor, global_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return dequantize_kernels.dequantize(qdata, block_scale, global_scale, dtype)
+
+
+def _enter(x: Tensor, act: Activations, group: Tensor | None, groups: int) -> tuple[Tensor, Tensor | None]:
+    """(operand in x's dtype, fp32 factor of the sum, [] or one per group); exact where activations are quantised."""
+    if act.mode == "none":
+        return x, None
+    scale = act.scale if act.mode == "static" else _dynamic_scale(x, group, groups)
+    assert scale is not None
+    per_group = group if scale.dim() else None
+    if act.dialect == "hardware":
+        return activation_kernels.fake_quantize_unscaled(x, scale, per_group), scale.float()
+    # The producers' own rules serve comparisons, and run as plain torch operations.
+    row_scale = scale if per_group is None else scale[per_group.clamp(0, groups - 1)].unsqueeze(-1)
+    packed, block_scale = nvfp4.quantize(x, row_scale, act.dialect)
+    return nvfp4.code_times_scale(packed, as_e4m3(block_scale), x.dtype), scale.float()
+
+
+def _dynamic_scale(x: Tensor, group: Tensor | None, groups: int) -> Tensor:
+    """amax / 2688 in float64, of everything or of the rows of each group; 1 where that is zero."""
+    rows = x.abs().amax(dim=-1).double() if x.numel() else x.new_zeros(x.shape[:-1], dtype=torch.float64)
+    if group is None:
+        amax = rows.amax() if rows.numel() else rows.new_zeros(())
+    else:
+        # One more group takes the rows that belong to nobody.
+        index = torch.where((group >= 0) & (group < groups), group, groups).long().reshape(-1)
+        amax = rows.new_zeros(groups + 1).scatter_reduce(0, index, rows.reshape(-1), "amax")[:groups]
+    return torch.where(amax > 0, amax / nvfp4.TWO_LEVEL_MAX, 1.0)

@@ -1,0 +1,1 @@
+"""Triton kernels, each beside its launcher. Nothing here imports another part of the package."""

@@ -1,0 +1,146 @@
+"""Compiles the kernels for GPUs that need not be present, and prints what the compilers say as one JSON list.
+
+    python tests/cross_compile.py [--full] [--targets 90 gfx942 ...]
+
+Run it in a process of its own: where TRITON_INTERPRET is set, kernels are decorated for the interpreter and cannot be
+compiled.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fx_nvfp4.kernels.batched import batched_kernel
+from fx_nvfp4.kernels.config import DEQUANTIZE, FAKE_QUANTIZE_BLOCKS, INDEXED, gemm_config
+from fx_nvfp4.kernels.dequantize import dequantize_kernel
+from fx_nvfp4.kernels.fake_quantize import fake_quantize_kernel
+from fx_nvfp4.kernels.grouped import grouped_kernel
+from fx_nvfp4.kernels.indexed import indexed_kernel
+
+TARGETS = {
+    **{str(arch): GPUTarget("cuda", arch, 32) for arch in (80, 86, 89, 90, 100, 120)},
+    **{arch: GPUTarget("hip", arch, 64) for arch in ("gfx90a", "gfx942", "gfx950")},
+}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# One number of rows for each row tile that config.gemm_config knows.
+ROWS = (16, 32, 64)
+QUICK_DTYPE_ROWS = (("bf16", 16), ("bf16", 64), ("fp16", 32), ("fp32", 64))
+
+
+def kernel_calls(dtype: str, rows: int, hip: bool) -> dict[str, tuple[Any, dict[str, Any]]]:
+    """Every kernel with its compile-time arguments."""
+    config = gemm_config(rows, DTYPES[dtype], hip).meta()
+    return {
+        "batched": (batched_kernel, config),
+        "grouped": (grouped_kernel, {**config, "GROUPS": 256}),
+        "indexed": (indexed_kernel, INDEXED.meta()),
+        "dequantize": (dequantize_kernel, DEQUANTIZE.meta()),
+        "fake_quantize": (fake_quantize_kernel, {"APPLY_SCALE": True, "BLOCKS": FAKE_QUANTIZE_BLOCKS}),
+    }
+
+
+def argument_type(name: str, dtype: str) -> str:
+    """The Triton type of a run-time argument, by its name."""
+    if not name.endswith("_ptr"):
+        return "i32"
+    bytes_and_indices = {"qdata_ptr": "u8", "block_scale_ptr": "u8", "offs_ptr": "i32", "ids_ptr": "i64"}
+    bytes_and_indices["row_group_ptr"] = "i64"
+    if name in ("x_ptr", "out_ptr"):
+        return f"*{dtype}"
+    return f"*{bytes_and_indices.get(name, 'fp32')}"
+
+
+def compile_kernel(kernel: Any, arguments: dict[str, Any], dtype: str, target: GPUTarget) -> Any:
+    """Compile as a launch with aligned pointers and strides would."""
+    arguments = dict(arguments)
+    options = {name: arguments.pop(name) for name in ("num_warps", "num_stages") if name in arguments}
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in arguments else argument_type(name, dtype) for name in names}
+    aligned = re.compile(r".*_ptr|stride_x.|stride_q.|K")
+    attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if aligned.fullmatch(name)}
+    constants = {(names.index(name),): value for name, value in arguments.items()}
+    return triton.compile(ASTSource(kernel, signature, constants, attrs), target=target, options=options)
+
+
+def nvidia_resources(cubin: bytes) -> dict[str, int]:
+    """Registers of a thread, and bytes of its stack frame, which is where spilled registers go."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
+    fields = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return {"registers": fields["REG"], "spilled": fields["STACK"] + fields["LOCAL"]}
+
+
+def amd_resources(assembly: str) -> dict[str, int]:
+    """Vector registers of a thread, and how many of all registers are spilled."""
+    fields = {name: int(value) for name, value in re.findall(r"\.(\w+_count):\s+(\d+)", assembly)}
+    return {"registers": fields["vgpr_count"], "spilled": fields["vgpr_spill_count"] + fields["sgpr_spill_count"]}
+
+
+def has_register_operand(ptx: str) -> bool:
+    """Whether a wgmma takes its left operand from registers: then a second register list follows the accumulator's."""
+    return re.search(r"wgmma\.mma_async[^;{]*\{[^}]*\}\s*,\s*\{", ptx) is not None
+
+
+def describe(compiled: Any, target: GPUTarget) -> dict[str, Any]:
+    assembly = compiled.asm
+    if target.backend == "hip":
+        return {"binary": len(assembly["hsaco"]), **amd_resources(assembly["amdgcn"])}
+    ptx = assembly["ptx"]
+    return {
+        "binary": len(assembly["cubin"]),
+        **nvidia_resources(assembly["cubin"]),
+        "wgmma": "wgmma.mma_async" in ptx,
+        "register_wgmma": has_register_operand(ptx),
+        "tf32": ".tf32" in ptx,
+    }
+
+
+def combinations(full: bool) -> Iterator[tuple[str, int, frozenset[str]]]:
+    """dtype, rows, and the kernels to compile with them; kernels whose tile ignores rows come once per dtype."""
+    tiled, others = frozenset({"batched", "grouped"}), frozenset({"indexed", "dequantize", "fake_quantize"})
+    if full:
+        for dtype in DTYPES:
+            for rows in ROWS:
+                yield dtype, rows, tiled | others if rows == ROWS[0] else tiled
+        return
+    for i, (dtype, rows) in enumerate(QUICK_DTYPE_ROWS):
+        # batched and grouped share their tile, so each is compiled for every other combination.
+        yield dtype, rows, frozenset({"grouped" if i % 2 else "batched"})
+    yield "bf16", ROWS[0], others
+
+
+def compile_all(targets: list[str], full: bool) -> list[dict[str, Any]]:
+    results = []
+    for target_name in targets:
+        target = TARGETS[target_name]
+        for dtype, rows, wanted in combinations(full):
+            for name, (kernel, arguments) in kernel_calls(dtype, rows, target.backend == "hip").items():
+                if name not in wanted:
+                    continue
+                compiled = compile_kernel(kernel, arguments, dtype, target)
+                case = {"target": target_name, "kernel": name, "dtype": dtype, "rows": rows}
+                results.append({**case, "shared": compiled.metadata.shared, **describe(compiled, target)})
+    return results
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--full", action="store_true", help="every kernel in every dtype and tile")
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    options = parser.parse_args()
+    print(json.dumps(compile_all(options.targets, options.full)))
