@@ -1,0 +1,206 @@
+"""NVFP4Weight: what it survives, what its products compute, what it refuses.
+
+Edges: gate and up rows with different global scales, per-expert activation scales, transposed storage, inference
+mode, lazily chosen experts of two dims, products on either side.
+"""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+import fx_nvfp4
+from fx_nvfp4 import NVFP4Weight
+from fx_nvfp4 import format as nvfp4
+
+E, N, K = 4, 96, 64
+
+
+def make_weight(shape=(E, N, K), dtype=torch.bfloat16, seed=0, **kwargs):
+    g = torch.Generator().manual_seed(seed)
+    dense = torch.randn(*shape, generator=g).to(dtype)
+    # One global scale a row, spread over more than one binade.
+    scale = torch.rand(shape[:-1], generator=g) * 0.003 + 0.001
+    return NVFP4Weight.from_dense(dense, global_scale=scale, **kwargs)
+
+
+def hold(weight):
+    return nn.Parameter(weight, requires_grad=False)
+
+
+def same(a, b):
+    names, _ = a.__tensor_flatten__()
+    return type(a) is type(b) and all(
+        torch.equal(getattr(a, n).view(torch.uint8), getattr(b, n).view(torch.uint8)) for n in names
+    )
+
+
+def test_global_scales_stay_apart_for_each_row():
+    weight = make_weight()
+    assert weight.global_scale.unique().numel() == E * N
+    expected = nvfp4.dequantize(weight.qdata, weight.block_scale, weight.global_scale.unsqueeze(-1))
+    assert torch.equal(weight.dequantize(torch.float32), expected)
+
+
+def test_to_changes_the_shown_dtype_and_nothing_packed():
+    weight = make_weight()
+    moved = weight.to(torch.float32)
+    assert moved.dtype == torch.float32
+    assert same(moved, weight)
+    assert weight.to("meta").qdata.device.type == "meta"
+
+
+def test_module_to_float32_keeps_weights_packed():
+    module = nn.Module()
+    module.w = hold(make_weight(activations="static", act_scale=torch.tensor(0.1, dtype=torch.float64)))
+    module.to(torch.float16)
+    assert isinstance(module.w.data, NVFP4Weight)
+    assert module.w.dtype == torch.float16
+    assert module.w.act_scale.dtype == torch.float64, "a rounded activation scale would lose its reciprocal"
+
+
+def test_state_dict_deepcopy_and_weights_only_save():
+    module = nn.Module()
+    module.w = hold(make_weight(activations="static", act_scale=torch.rand(E, dtype=torch.float64)))
+    buffer = io.BytesIO()
+    torch.save(module.state_dict(), buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=True)
+    assert same(loaded["w"], module.w.data)
+    other = copy.deepcopy(module)
+    other.w.qdata.zero_()
+    other.load_state_dict(loaded)
+    assert same(other.w.data, module.w.data)
+
+
+def test_safetensors_round_trip(tmp_path):
+    state = {"experts.w": make_weight(activations="dynamic"), "norm": torch.rand(7)}
+    fx_nvfp4.save_file(state, tmp_path / "m.safetensors")
+    loaded = fx_nvfp4.load_file(tmp_path / "m.safetensors")
+    assert same(loaded["experts.w"], state["experts.w"])
+    assert loaded["experts.w"].activations == "dynamic"
+    assert torch.equal(loaded["norm"], state["norm"])
+
+
+# 128 rows: torchao swizzles only experts of whole tiles.
+@pytest.mark.parametrize("shape", [(128, K), (E, 128, K)])
+@pytest.mark.parametrize("swizzled", [False, True])
+def test_torchao_conversion_keeps_every_value(shape, swizzled):
+    from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor
+
+    dense = torch.randn(shape)
+    scale = dense.abs().amax(dim=(-2, -1), keepdim=len(shape) == 3) / nvfp4.TWO_LEVEL_MAX
+    theirs = NVFP4Tensor.to_nvfp4(dense, per_tensor_scale=scale, is_swizzled_scales=swizzled)
+    ours = NVFP4Weight.from_torchao(theirs)
+    assert torch.equal(ours.dequantize(torch.float32), theirs.dequantize(torch.float32))
+    back = ours.to_torchao()
+    assert torch.equal(back.dequantize(torch.float32), theirs.dequantize(torch.float32))
+    assert torch.equal(back.qdata, ours.qdata)
+
+
+def test_torchao_cannot_hold_scales_that_differ_by_row():
+    with pytest.raises(ValueError, match="different global scales"):
+        make_weight().to_torchao()
+
+
+class Everything(nn.Module):
+    """Every product that the class serves."""
+
+    def __init__(self, **kwargs):
+        super().__init__()
+        self.w = hold(make_weight(**kwargs))
+        kwargs.pop("act_scale", None)
+        if kwargs.get("activations") == "static":
+            kwargs["act_scale"] = torch.tensor(0.002, dtype=torch.float64)
+        self.linear = nn.Linear(K, N).bfloat16()
+        self.linear.weight = hold(make_weight((N, K), seed=1, **kwargs))
+
+    def forward(self, x, ids, offs):
+        w, up = self.w, self.w.chunk(2, dim=1)[1]
+        return (
+            torch.bmm(w[ids], x.unsqueeze(-1)).squeeze(-1),
+            torch.bmm(x.unsqueeze(1), w[ids].transpose(1, 2)).squeeze(1),
+            torch.nn.functional.grouped_mm(x, w.transpose(-2, -1), offs=offs),
+            self.linear(x),
+            self.linear(x.unsqueeze(0)),
+            x @ w[2].t(),
+            (w[1] @ x.t()).t(),
+            torch.bmm(x.expand(E, *x.shape), up.mT),
+        )
+
+
+def expected(module, x, ids, offs):
+    """The same in fp32 on dense weights."""
+    w, lin = module.w.dequantize(torch.float32), module.linear.weight.dequantize(torch.float32)
+    x, bias = x.float(), module.linear.bias.float()
+    chosen = torch.einsum("snk,sk->sn", w[ids], x)
+    group = torch.searchsorted(offs.long(), torch.arange(len(x)), right=True)
+    grouped = torch.einsum("snk,sk->sn", w[group], x)
+    lin = x @ lin.T + bias
+    return chosen, chosen, grouped, lin, lin[None], x @ w[2].T, x @ w[1].T, x @ w[:, N // 2 :].mT
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_products_equal_dense_ones_eager_and_compiled_in_one_graph(context):
+    module = Everything()
+    x, ids = torch.randn(5, K).bfloat16(), torch.tensor([0, 1, 3, 3, 2])
+    offs = torch.tensor([1, 1, 3, 5], dtype=torch.int32)
+    with context():
+        eager = module(x, ids, offs)
+        torch._dynamo.reset()
+        compiled = torch.compile(module, backend="nvfp4_emu", fullgraph=True)(x, ids, offs)
+    for got, compiled_got, want in zip(eager, compiled, expected(module, x, ids, offs), strict=True):
+        torch.testing.assert_close(got.float(), want, rtol=2**-7, atol=0.02)
+        torch.testing.assert_close(compiled_got, got, rtol=2**-7, atol=0.01)
+
+
+def test_activations_are_rounded_with_each_experts_own_scale():
+    scales = torch.tensor([0.001, 0.002, 0.004, 0.0005], dtype=torch.float64)
+    weight = make_weight(dtype=torch.float32, activations="static", act_scale=scales)
+    x, ids = torch.randn(6, K), torch.tensor([3, 0, 1, 2, 0, 3])
+    got = torch.bmm(weight[ids], x.unsqueeze(-1)).squeeze(-1)
+    rounded = nvfp4.fake_quantize(x, scales[ids, None])
+    want = torch.einsum("snk,sk->sn", weight.dequantize(torch.float32)[ids], rounded)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_weight_only_weights_never_round_activations():
+    weight = make_weight(dtype=torch.float32)
+    x = torch.randn(3, K)
+    torch.testing.assert_close(x @ weight[0].t(), x @ weight.dequantize()[0].T, rtol=1e-5, atol=1e-5)
+
+
+def test_a_product_that_contracts_rows_uses_the_dense_weight():
+    weight = make_weight(dtype=torch.float32)[0]
+    x = torch.randn(3, N)
+    torch.testing.assert_close(x @ weight, x @ weight.dequantize(), rtol=1e-5, atol=1e-5)
+
+
+def test_arithmetic_on_a_packed_weight_is_refused_with_advice():
+    with pytest.raises(NotImplementedError, match=r"aten\.mul.*\[4, 96, 64\].*dequantize\(\)"):
+        make_weight() * 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"qdata": torch.ones(E, N, K // 2)}, r"codes: expected uint8, got float32"),
+        ({"qdata": torch.ones(2, E, N, K // 2, dtype=torch.uint8)}, r"one scale per 16 elements"),
+        ({"block_scale": torch.ones(E, N, K // 16)}, r"block scales: expected float8_e4m3fn"),
+        ({"global_scale": torch.ones(E)}, r"global_scale must be float32 \[4, 96\].*expand a per-tensor scale"),
+        ({"global_scale": torch.ones(E, N, dtype=torch.float64)}, r"global_scale must be float32"),
+        ({"orig_dtype": torch.float64}, r"orig_dtype must be float32, bfloat16 or float16, got torch.float64"),
+        ({"activations": "int8"}, r"activations must be one of .*'int8'"),
+        ({"activations": "static"}, r"act_scale must be given for static"),
+        ({"act_scale": torch.ones((), dtype=torch.float64)}, r"act_scale must be given for static"),
+        ({"activations": "static", "act_scale": torch.ones(())}, r"act_scale must be float64"),
+        ({"activations": "static", "act_scale": torch.ones(3, dtype=torch.float64)}, r"shape \[\[\], \[4\]\]"),
+        ({"dialect": "mx"}, r"unknown NVFP4 dialect 'mx'"),
+        ({"expert_ids": torch.ones(3)}, r"expert_ids must be integers"),
+    ],
+)
+def test_bad_parts_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        make_weight().replace(**change)
