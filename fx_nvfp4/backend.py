@@ -1,0 +1,183 @@
+"""The ``nvfp4_emu`` backend of torch.compile: our pass at the joint graph, then Inductor."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+from .dispatch import serve_transformers_fallback
+from .lowering import compat
+from .passes.emulate import emulate
+from .report import NotEmulatedError, NVFP4Warning, Report
+from .tables import TableGuard, find_tables, hash_tables
+from .tensor import NVFP4Weight
+
+log = logging.getLogger("fx_nvfp4")
+
+OPTIONS: dict[str, Any] = {"strict": False}
+_PACKED_DTYPES = (torch.uint8, torch.int8, torch.int32, torch.float4_e2m1fn_x2)
+_collectors: list[Report] = []
+
+
+def nvfp4_emu(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    **unknown: Any,
+) -> Callable[..., Any]:
+    """Compile a Dynamo graph with its packed-NVFP4 products emulated and everything else by Inductor.
+
+    Args:
+        gm, example_inputs: as Dynamo calls a backend.
+        mode: torch.compile's mode ("default", "reduce-overhead", "max-autotune", ...).
+        options: ours are ``{"strict": bool}``, raise where a packed weight would be dequantised instead of
+            warning; every other name goes to Inductor's config.
+
+    Raises:
+        NotEmulatedError: strict, and a packed weight is not emulated; names the site, the reason and what to do.
+        RuntimeError: unknown option or mode.
+    """
+    if unknown:
+        log.debug("nvfp4_emu: arguments %s of this torch release are not used", sorted(unknown))
+    serve_transformers_fallback()
+    ours, inductor = _split_options(options or {})
+    tables = find_tables(gm, example_inputs)
+    graph_pass = EmulationPass(gm, ours, tables)
+    patches = compat.with_joint_pass({**compat.mode_patches(mode), **inductor}, graph_pass)
+    key = _report_key(gm, example_inputs, graph_pass)
+    guard = TableGuard(gm, tables) if tables else None
+    compiled = compat.compile_with_inductor(gm, example_inputs, patches, _holds_packed(example_inputs))
+    if graph_pass.report is None:
+        graph_pass.restore(key)
+    else:
+        graph_pass.save(key)
+    _publish(graph_pass.report, ours["strict"])
+    return guard.wrap(compiled, graph_pass.used_tables) if guard and graph_pass.used_tables else compiled
+
+
+def _reset() -> None:
+    """Called by torch._dynamo.reset(): give back what CUDA graphs hold, as Inductor's own backend does."""
+    if torch.cuda.is_available():
+        from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+
+        reset_cudagraph_trees()
+
+
+nvfp4_emu.reset = _reset  # type: ignore[attr-defined]
+
+
+class EmulationPass(CustomGraphPass):
+    """Runs :func:`fx_nvfp4.passes.emulate.emulate` on the joint graph.
+
+    Before:  the traced model, with packed weights dequantised or held in NVFP4Weight
+    After:   the same with fx_nvfp4 ops in place of the products that use them
+    """
+
+    def __init__(self, gm: fx.GraphModule, options: Mapping[str, Any], tables: Mapping[int, Tensor]) -> None:
+        self._sources = compat.input_sources(gm)
+        self._options = dict(options)
+        self._tables = tables
+        self._uuid = f"{compat.package_hash()}-{json.dumps(self._options, sort_keys=True)}-{hash_tables(tables)}"
+        self.report: Report | None = None
+        self.used_tables: set[int] = set()
+
+    def __call__(self, graph: fx.Graph) -> None:
+        inputs = compat.placeholder_inputs(graph)
+        constants = {n: self._tables[i] for n, (i, attribute) in inputs.items() if i in self._tables and not attribute}
+        names = {n: self._name(*source) for n, source in inputs.items()}
+        report, tables = emulate(graph, constants, names)
+        self.used_tables |= {inputs[node][0] for node in tables}
+        self.report = report
+        if report.refused and self._options["strict"]:
+            # Raised here so that nothing is compiled, and no artifact kept, that a strict user did not allow.
+            raise NotEmulatedError(_refusals(report))
+        compat.write_artifact("fx_nvfp4_report", report.to_json())
+
+    def uuid(self) -> Any:
+        return self._uuid
+
+    def save(self, key: str) -> None:
+        """Keep the report beside Inductor's artifacts: with a warm cache the pass will not run."""
+        assert self.report is not None
+        path = compat.cache_folder() / "fx_nvfp4" / f"{key}.json"
+        content = {"report": self.report.to_json(), "tables": sorted(self.used_tables)}
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(content))
+
+    def restore(self, key: str) -> None:
+        """Read back what :meth:`save` kept when this graph was compiled first."""
+        path = compat.cache_folder() / "fx_nvfp4" / f"{key}.json"
+        try:
+            content = json.loads(path.read_text())
+        except (OSError, ValueError):
+            # Without the record nobody knows which tables were relied on: guard them all.
+            self.used_tables = set(self._tables)
+            note = "compiled from Inductor's cache and its report is gone; fx_nvfp4.explain() recompiles"
+            self.report = Report(notes=[note], graphs=1)
+            return
+        self.report = Report.from_json(content["report"])
+        self.used_tables = set(content["tables"])
+
+    def _name(self, index: int, attribute: str) -> str:
+        from .report import module_path
+
+        return module_path(self._sources[index][0]) if index < len(self._sources) else attribute
+
+
+@contextlib.contextmanager
+def collect_reports() -> Iterator[Report]:
+    """A report that receives the sites of every graph compiled inside the block."""
+    report = Report()
+    _collectors.append(report)
+    try:
+        yield report
+    finally:
+        _collectors.remove(report)
+
+
+def _publish(report: Report | None, strict: bool) -> None:
+    if report is None:
+        return
+    for collector in _collectors:
+        collector.extend(report)
+    log.info("%s", report)
+    if report.refused:
+        if strict:
+            raise NotEmulatedError(_refusals(report))
+        if not _collectors:
+            warnings.warn(_refusals(report), NVFP4Warning, stacklevel=2)
+
+
+def _refusals(report: Report) -> str:
+    sites = "\n".join(f"  {r}" for r in report.refused)
+    return f"{len(report.refused)} uses of packed weights are not emulated as NVFP4:\n{sites}"
+
+
+def _split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    ours = {**OPTIONS, **{name: value for name, value in options.items() if name in OPTIONS}}
+    if not isinstance(ours["strict"], bool):
+        raise RuntimeError(f"option 'strict' must be True or False, got {ours['strict']!r}")
+    return ours, compat.inductor_patches({k: v for k, v in options.items() if k not in OPTIONS})
+
+
+def _holds_packed(example_inputs: Sequence[Any]) -> bool:
+    tensors = [t for t in example_inputs if isinstance(t, Tensor)]
+    return any(isinstance(t, NVFP4Weight) or (t.dtype in _PACKED_DTYPES and t.dim() > 1) for t in tensors)
+
+
+def _report_key(gm: fx.GraphModule, example_inputs: Sequence[Any], graph_pass: EmulationPass) -> str:
+    shapes = [(str(t.dtype), list(map(str, t.shape)), str(t.device)) for t in example_inputs if isinstance(t, Tensor)]
+    content = f"{gm.code}{shapes}{graph_pass.uuid()}{torch.is_grad_enabled()}"
+    return hashlib.sha256(content.encode()).hexdigest()

@@ -1,0 +1,170 @@
+"""The one place that knows torch's private names, and what differs between torch 2.11 and 2.13."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._inductor import config
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+# Decompositions that would turn one-row products into multiply and sum before any pass sees them: under
+# coordinate_descent_tuning, which the max-autotune modes set, and on a CPU.
+_PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
+
+
+class ChainedPasses(CustomGraphPass):
+    """Several joint passes as one; the cache key is that of all, and unknown if that of one is."""
+
+    def __init__(self, passes: Sequence[Callable[[fx.Graph], None]]) -> None:
+        self._passes = passes
+
+    def __call__(self, graph: fx.Graph) -> None:
+        for graph_pass in self._passes:
+            graph_pass(graph)
+
+    def uuid(self) -> Any:
+        keys = [p.uuid() if isinstance(p, CustomGraphPass) else None for p in self._passes]
+        return None if None in keys else tuple(keys)
+
+
+def with_joint_pass(patches: dict[str, Any], joint_pass: CustomGraphPass) -> dict[str, Any]:
+    """Inductor config patches with joint_pass run before the joint graph passes, after any the user has set."""
+    present = patches.get("joint_custom_pre_pass", config.joint_custom_pre_pass)
+    if present is not None:
+        several = list(present) if isinstance(present, (list, tuple)) else [present]
+        joint_pass = ChainedPasses([*several, joint_pass])
+    return {**patches, "joint_custom_pre_pass": joint_pass}
+
+
+def compile_with_inductor(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], patches: dict[str, Any], keep_products: bool
+) -> Callable[..., Any]:
+    """compile_fx under config patches; keep_products leaves one-row matrix products whole."""
+    from torch._inductor.compile_fx import compile_fx
+
+    with _products_kept(patches) if keep_products else contextlib.nullcontext():
+        return compile_fx(gm, example_inputs, config_patches=patches)  # type: ignore[arg-type, return-value]
+
+
+@contextlib.contextmanager
+def _products_kept(patches: dict[str, Any]) -> Iterator[None]:
+    """Matrix products out of Inductor's decomposition table for this compile.
+
+    In place, because a table passed as an argument would become part of the cache key, and has none. Another thread
+    that compiles meanwhile keeps its one-row products too, which costs it an optimisation and no correctness.
+    """
+    from torch._inductor.decomposition import select_decomp_table
+
+    with config.patch(patches):
+        table = select_decomp_table()
+    packets = [getattr(torch.ops.aten, name) for name in _PRODUCTS]
+    taken = {op: table.pop(op) for op in list(table) if getattr(op, "overloadpacket", op) in packets}
+    try:
+        yield
+    finally:
+        table.update(taken)
+
+
+def mode_patches(mode: str | None) -> dict[str, Any]:
+    """Inductor's config patches of a torch.compile mode.
+
+    Raises:
+        RuntimeError: unknown mode, by Inductor.
+    """
+    from torch._inductor import list_mode_options
+
+    return {} if mode in (None, "default") else dict(list_mode_options(mode))
+
+
+def inductor_patches(options: Mapping[str, Any]) -> dict[str, Any]:
+    """options checked against Inductor's config, with names as in torch.compile (dashes allowed).
+
+    Raises:
+        RuntimeError: Inductor has no such option.
+    """
+    patches = {name.replace("-", "_"): value for name, value in options.items()}
+    for name in patches:
+        if not hasattr(config, name):  # knows aliases too, which a copy of the config does not hold
+            raise RuntimeError(f"unknown option {name!r}: neither nvfp4_emu nor torch._inductor.config has it")
+    return patches
+
+
+def input_sources(gm: fx.GraphModule) -> list[tuple[str, bool]]:
+    """(name, whether it is a plain argument of the compiled function) of each graph input, as Dynamo knows them."""
+    return [_source(node) for node in gm.graph.nodes if node.op == "placeholder"]
+
+
+def _source(node: fx.Node) -> tuple[str, bool]:
+    grapharg = node.meta.get("grapharg")
+    source = getattr(grapharg, "source", None)
+    if source is None:
+        return str(node.target), True
+    name = source.name() if callable(source.name) else source.name
+    return name, getattr(source, "is_input", False)
+
+
+def placeholder_inputs(graph: fx.Graph) -> dict[fx.Node, tuple[int, str]]:
+    """Placeholders of an AOTAutograd graph -> (input of Dynamo's graph, attribute of a tensor subclass or "")."""
+    from torch._functorch._aot_autograd.descriptors import PlainAOTInput, SubclassGetAttrAOTInput
+
+    found: dict[fx.Node, tuple[int, str]] = {}
+    for node in graph.find_nodes(op="placeholder"):
+        described: Any = node.meta.get("desc")
+        attribute = ""
+        while isinstance(described, SubclassGetAttrAOTInput):
+            described, attribute = described.base, described.attr
+        if isinstance(described, PlainAOTInput):
+            found[node] = described.idx, attribute
+    return found
+
+
+def cache_folder() -> Path:
+    """Where Inductor keeps compiled artifacts."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return Path(cache_dir())
+
+
+@contextlib.contextmanager
+def without_caches() -> Iterator[None]:
+    """Compile anew, reading and writing no cache."""
+    with config.patch(force_disable_caches=True):
+        yield
+
+
+@functools.lru_cache(maxsize=1)
+def package_hash() -> str:
+    """Hash of this package's sources: a changed recogniser or kernel must not meet an older artifact."""
+    from hashlib import sha256
+
+    import fx_nvfp4.passes
+
+    digest = sha256(torch.__version__.encode())
+    roots = [Path(__file__).parents[1], *map(Path, fx_nvfp4.passes.__path__)]
+    for path in sorted({p for root in roots for p in root.rglob("*.py")}):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def write_artifact(name: str, content: str) -> None:
+    """Leave JSON with the other files of this compilation: in the structured log and in the debug folder."""
+    from torch._dynamo.utils import get_debug_dir
+    from torch._logging import trace_structured
+
+    trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "json"}, payload_fn=lambda: content)
+    if config.trace.enabled:
+        folder = Path(get_debug_dir()) / "torchinductor"
+        folder.mkdir(parents=True, exist_ok=True)
+        number = len(list(folder.glob(f"{name}*.json")))
+        (folder / f"{name}_{number}.json").write_text(content)
+
+
+def is_real(tensor: object) -> bool:
+    """Whether a graph input holds values: compiling ahead of time passes fake ones."""
+    return isinstance(tensor, Tensor) and not isinstance(tensor, torch._subclasses.FakeTensor)

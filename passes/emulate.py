@@ -1,0 +1,83 @@
+"""The pass: recognise, rewrite, verify, and write down what happened."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx import Node
+
+from fx_nvfp4.report import Match, Refusal, Report
+
+from .experts import Site, find_sites
+from .place import origin, where
+from .rewrite import CannotRewriteError, rewrite
+from .verify import find_dequantized
+
+_OPS = {getattr(torch.ops.fx_nvfp4, name).default: name for name in ("linear", "batched", "indexed", "grouped")}
+
+
+def emulate(graph: fx.Graph, constants: Mapping[Node, Tensor], names: Mapping[Node, str]) -> tuple[Report, set[Node]]:
+    """Rewrite every product with a packed weight in place.
+
+    Before:  mm(x, permute(mul(index(lut, nibbles), scales)))
+    After:   fx_nvfp4.linear(x, qdata, block_scale, global_scale)
+
+    Args:
+        graph: AOTAutograd's joint or forward graph.
+        constants: known values of small static placeholders.
+        names: what placeholders are called in the user's model.
+
+    Returns:
+        (report, placeholders whose values the rewriting relies on).
+    """
+    sites, near_misses = find_sites(graph, constants)
+    sources: dict[Node, tuple[str, tuple[str, ...]]] = {}
+    tables: set[Node] = set()
+    refused = [Refusal(where(r.node), r.node.name, r.reason, r.advice) for r in near_misses]
+    for site in sites:
+        try:
+            done = rewrite(graph, site)
+        except CannotRewriteError as error:
+            refused.append(_not_served(site, error))
+            continue
+        sources[done.op] = site.weight.formula, done.notes
+        tables.update(t for t in site.weight.tables if t.op == "placeholder")
+    graph.eliminate_dead_code()
+    graph.lint()
+    matched = [_match(n, names, *sources.get(n, ("packed tensor", ()))) for n in graph.nodes if n.target in _OPS]
+    return Report(matched, [*refused, *find_dequantized(graph)], graphs=1), tables
+
+
+def _not_served(site: Site, error: CannotRewriteError) -> Refusal:
+    node = site.product.node
+    return Refusal(where(node), node.name, f"an NVFP4 weight that no op serves: {error.reason}", error.advice)
+
+
+def _match(node: Node, names: Mapping[Node, str], source: str, notes: tuple[str, ...]) -> Match:
+    x, qdata = node.args[0].meta["val"], node.args[1].meta["val"]
+    return Match(
+        where=where(node),
+        weight=origin(node.args[1], names),
+        op=_OPS[node.target],
+        experts=qdata.shape[0] if qdata.dim() == 3 else 0,
+        n=qdata.shape[-2],
+        k=qdata.shape[-1] * 2,
+        x=" x ".join(map(str, x.shape)),
+        dtype=str(x.dtype).removeprefix("torch."),
+        activations=_activations(node),
+        source=source,
+        notes=notes,
+    )
+
+
+def _activations(node: Node) -> str:
+    arguments = node.normalized_arguments(node.graph.owning_module, normalize_to_only_use_kwargs=True)
+    given: dict[str, Any] = dict(arguments.kwargs) if arguments else dict(node.kwargs)
+    mode, scale = given.get("activations", "none"), given.get("act_scale")
+    if mode == "none":
+        return "W4A16"
+    per_expert = " per-expert" if isinstance(scale, Node) and scale.meta["val"].dim() else ""
+    return f"W4A4 {mode}{per_expert}, {given.get('dialect', 'hardware')} rule"

@@ -1,0 +1,155 @@
+"""Finds the matrix products of a graph and what their weights are."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.fx import Node
+
+from .weights import Axis, PackedWeight, Refusal, cone_key, cone_nodes, recognise_weight
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix product left @ right (+ bias), rows grouped by offs where it is a grouped one."""
+
+    node: Node
+    left: Node
+    right: Node
+    bias: Node | None = None
+    offs: Node | None = None
+
+
+@dataclass(frozen=True)
+class Site:
+    """A product of which one operand is a recognised packed weight and the other is x."""
+
+    product: Product
+    weight: PackedWeight
+    on_left: bool
+
+    @property
+    def x(self) -> Node:
+        return self.product.right if self.on_left else self.product.left
+
+
+def find_products(graph: fx.Graph) -> Iterator[Product]:
+    """Every matrix product of the graph whose arithmetic the ops reproduce."""
+    for node in graph.nodes:
+        parse = _PRODUCTS.get(node.target) or _transformers_product(node)
+        product = parse(node) if parse else None
+        if product is not None:
+            yield product
+
+
+def find_sites(graph: fx.Graph, constants: Mapping[Node, Tensor]) -> tuple[list[Site], list[Refusal]]:
+    """Products with a packed weight, and operands that are made of packed integers but are not NVFP4.
+
+    Args:
+        graph: functional ATen graph; ``meta["val"]`` set on every node.
+        constants: known values of small static placeholders, see :func:`recognise_weight`.
+    """
+    memo = _Memo(constants)
+    sites: list[Site] = []
+    refusals: dict[Node, Refusal] = {}
+    for product in find_products(graph):
+        for operand, on_left in ((product.right, False), (product.left, True)):
+            found = memo.recognise(operand)
+            if isinstance(found, PackedWeight):
+                sites.append(Site(product, found, on_left))
+                break
+            if found is not None:
+                refusals.setdefault(operand, found)
+    return sites, list(refusals.values())
+
+
+class _Memo:
+    """Recognises each structure once: the experts of one model are spelled alike."""
+
+    def __init__(self, constants: Mapping[Node, Tensor]) -> None:
+        self._constants = constants
+        self._results: dict[Hashable, tuple[tuple[Node, ...], PackedWeight | Refusal | None]] = {}
+        self._by_node: dict[Node, PackedWeight | Refusal | None] = {}
+
+    def recognise(self, node: Node) -> PackedWeight | Refusal | None:
+        if node not in self._by_node:
+            self._by_node[node] = self._recognise(node)
+        return self._by_node[node]
+
+    def _recognise(self, node: Node) -> PackedWeight | Refusal | None:
+        nodes = cone_nodes(node)
+        key = cone_key(node), tuple(self._fingerprint(n) for n in nodes)
+        if key not in self._results:
+            self._results[key] = nodes, recognise_weight(node, self._constants)
+            return self._results[key][1]
+        known, result = self._results[key]
+        return _renamed(result, dict(zip(known, nodes, strict=True)))
+
+    def _fingerprint(self, node: Node) -> bytes | None:
+        value = self._constants.get(node)
+        with unset_fake_temporarily():
+            return None if value is None else value.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _renamed(result: Any, names: Mapping[Node, Node]) -> Any:
+    """A result with its nodes replaced by their counterparts in another cone of the same structure."""
+    if isinstance(result, Node):
+        return names.get(result, result)
+    if isinstance(result, tuple):
+        return tuple(_renamed(r, names) for r in result)
+    if isinstance(result, (PackedWeight, Refusal, Axis)):
+        changes = {f.name: _renamed(getattr(result, f.name), names) for f in dataclasses.fields(result)}
+        return type(result)(**changes)
+    return result
+
+
+def _plain(node: Node) -> Product | None:
+    left, right = node.args[:2]
+    assert isinstance(left, Node)
+    assert isinstance(right, Node)
+    return Product(node, left, right)
+
+
+def _with_bias(node: Node) -> Product | None:
+    bias, left, right = node.args[:3]
+    assert isinstance(bias, Node)
+    assert isinstance(left, Node)
+    assert isinstance(right, Node)
+    if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("beta", 1) != 1:
+        return None
+    return Product(node, left, right, bias=bias)
+
+
+def _grouped(node: Node) -> Product | None:
+    args = [*node.args, *(None,) * (5 - len(node.args))]
+    left, right, offs, bias, out_dtype = args[:5]
+    offs, bias = node.kwargs.get("offs", offs), node.kwargs.get("bias", bias)
+    assert isinstance(left, Node)
+    assert isinstance(right, Node)
+    if not isinstance(offs, Node) or node.kwargs.get("out_dtype", out_dtype) is not None:
+        return None
+    return Product(node, left, right, bias if isinstance(bias, Node) else None, offs)
+
+
+_PRODUCTS: dict[Any, Callable[[Node], Product | None]] = {
+    aten.mm.default: _plain,
+    aten.bmm.default: _plain,
+    aten.addmm.default: _with_bias,
+    aten.baddbmm.default: _with_bias,
+    aten._grouped_mm.default: _grouped,
+}
+
+
+def _transformers_product(node: Node) -> Callable[[Node], Product | None] | None:
+    """transformers spells the grouped product of fp32 and fp16 models as an op of its own."""
+    target = node.target
+    known = isinstance(target, torch._ops.OpOverload) and target.name() == "transformers::grouped_mm_fallback"
+    return _grouped if known else None

@@ -1,0 +1,388 @@
+"""Replaces products with packed weights by the ops of fx_nvfp4.ops.
+
+Before:  w = dequantise(qdata, scales);  y = bmm(x.unsqueeze(1), w[ids].transpose(1, 2)).squeeze(1)
+After:   y = fx_nvfp4.indexed(x, qdata, block_scale, global_scale, ids)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx import Node
+
+from .experts import Site
+from .weights import Axis, PackedWeight
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+nvfp4 = torch.ops.fx_nvfp4
+
+Parts = tuple[Node, Node, Node]  # qdata, block_scale, global_scale
+
+
+class CannotRewriteError(Exception):
+    """A recognised product that no op serves; carries reason and advice."""
+
+    def __init__(self, reason: str, advice: str = "") -> None:
+        super().__init__(reason)
+        self.reason, self.advice = reason, advice
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """The op node that replaced a product, and what a user may want to know about it."""
+
+    op: Node
+    notes: tuple[str, ...]
+
+
+def rewrite(graph: fx.Graph, site: Site) -> Rewritten:
+    """Replace one product; the graph is unchanged if this raises.
+
+    Raises:
+        CannotRewriteError: no op computes this product.
+    """
+    layout = _Layout.of(site)
+    emit = _Emitter(graph, site.product.node)
+    try:
+        with graph.inserting_before(site.product.node):
+            weight = _canonical(emit, site.weight)
+            op, y = _BUILDERS[layout.kind](emit, site, layout, weight)
+            if site.product.bias is not None:
+                y = emit(aten.add.Tensor, y, site.product.bias)
+    except CannotRewriteError:
+        emit.undo()
+        raise
+    site.product.node.replace_all_uses_with(y)
+    graph.erase_node(site.product.node)
+    return Rewritten(op, weight.notes)
+
+
+# Which op, and how the operand's dims are made of the weight's rows
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How a product uses the weight's [E, N] or [N] rows.
+
+    kind: "linear", "merged" (all experts' rows side by side), "batched", "grouped", "indexed" (one expert a batch)
+    or "spread" (several chosen experts' rows side by side in each batch).
+    """
+
+    kind: str
+    expert: Axis | None
+    row: Axis
+
+    @staticmethod
+    def of(site: Site) -> _Layout:
+        w = site.weight
+        axes = _leading(w.qdata_axes, w.qdata, w.packed_dim)
+        if not 1 <= len(axes) <= 2:
+            raise CannotRewriteError(
+                f"codes {_shape(w.qdata)} have {len(axes)} dims of rows", "store [N, K/2] or [E, N, K/2]"
+            )
+        expert, row = (None, axes[0]) if len(axes) == 1 else (axes[0], axes[1])
+        _check_operands(site)
+        return _Layout(_kind(site, expert, row), expert, row)
+
+
+def _kind(site: Site, expert: Axis | None, row: Axis) -> str:
+    rank = len(_shape(site.weight.operand))
+    n_dim = 2 * rank - 3 - site.weight.k_dim
+    whole = row.kind == "dim" and row.dim == n_dim
+    part = row.kind == "affine" and row.dim == n_dim and row.size == 1
+    by_batch = expert is not None and rank == 3 and expert.kind == "dim" and expert.dim == 0
+    if site.product.offs is not None:
+        if whole and by_batch:
+            return "grouped"
+    elif whole or part:
+        if expert is None or expert.kind == "const":
+            return "linear"
+        if by_batch:
+            return "batched"
+        if rank == 3 and expert.kind == "index" and expert.dims() <= {0}:
+            return "indexed"
+    elif row.kind == "remainder" and row.dim == n_dim and expert is not None:
+        if expert.kind == "quotient" and (expert.dim, expert.size) == (n_dim, row.size):
+            return "merged"
+        if rank == 3 and expert.kind == "index" and _splits_rows(expert, n_dim, row.size):
+            return "spread"
+    raise CannotRewriteError(
+        f"rows are addressed as {_text(expert)} and {_text(row)} in {site.product.node.target}",
+        "linear, batched, grouped and indexed products of whole experts are served",
+    )
+
+
+def _splits_rows(expert: Axis, n_dim: int, size: int | None) -> bool:
+    """Whether ids [B, A] are read at (batch, n // size): each batch's operand is A experts side by side."""
+    axes = expert.index_axes
+    return (
+        len(axes) == 2
+        and (axes[0].kind, axes[0].dim) == ("dim", 0)
+        and (axes[1].kind, axes[1].dim, axes[1].size) == ("quotient", n_dim, size)
+    )
+
+
+def _check_operands(site: Site) -> None:
+    w, x = site.weight, site.x.meta["val"]
+    if w.k_dim != len(_shape(w.operand)) - (1 if site.on_left else 2):
+        raise CannotRewriteError("the product contracts the output rows, not K", "multiply x by the weight transposed")
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or site.product.node.meta["val"].dtype != x.dtype:
+        raise CannotRewriteError(f"activations are {x.dtype}", "use float32, bfloat16 or float16 for both operands")
+    if site.product.offs is not None and (site.on_left or len(x.shape) != 2):
+        raise CannotRewriteError("a grouped product whose groups lie along K or N", "group the rows of x")
+
+
+# Canonical operands
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """Nodes of qdata [.., N, K/2] and block_scale [.., N, K/16] (uint8) and global_scale [.., N] (float32)."""
+
+    qdata: Node
+    block_scale: Node
+    global_scale: Node
+    notes: tuple[str, ...]
+
+    def parts(self) -> Parts:
+        return self.qdata, self.block_scale, self.global_scale
+
+
+def _map(emit: _Emitter, parts: Parts, target: Any, *args: Any) -> Parts:
+    qdata, block_scale, global_scale = (emit(target, part, *args) for part in parts)
+    return qdata, block_scale, global_scale
+
+
+def _canonical(emit: _Emitter, w: PackedWeight) -> _Weight:
+    if w.scale_layout != "linear":
+        raise CannotRewriteError("block scales lie in 128 x 4 tiles", "unswizzle them when the model is loaded")
+    if _leading(w.scale_axes, w.block_scale, w.scale_dim) != _leading(w.qdata_axes, w.qdata, w.packed_dim):
+        raise CannotRewriteError("block scales are addressed differently from codes", "give both the same leading dims")
+    notes: list[str] = []
+    qdata = _last(emit, w.qdata, w.packed_dim, notes)
+    if not w.low_nibble_first:
+        notes.append("codes with the high nibble first are swapped at each call; swap them once at load")
+        low, high = (
+            emit(aten.bitwise_right_shift.Tensor_Scalar, qdata, 4),
+            emit(aten.bitwise_left_shift.Tensor_Scalar, qdata, 4),
+        )
+        qdata = emit(aten.bitwise_or.Tensor, low, high)
+    block_scale = _last(emit, w.block_scale, w.scale_dim, notes)
+    rows = _shape(qdata)[:-1]
+    return _Weight(qdata, block_scale, _global_scale(emit, w, rows), tuple(notes))
+
+
+def _last(emit: _Emitter, leaf: Node, dim: int, notes: list[str]) -> Node:
+    """leaf as bytes without unit dims, dim moved to the end and contiguous."""
+    if leaf.meta["val"].dtype.itemsize != 1:
+        raise CannotRewriteError(
+            f"{leaf.name} packs codes in {leaf.meta['val'].dtype}", "store codes two to a byte, in uint8"
+        )
+    if leaf.meta["val"].dtype != torch.uint8:
+        leaf = emit(aten.view.dtype, leaf, torch.uint8)
+    shape = _shape(leaf)
+    order = [d for d in range(len(shape)) if d != dim and shape[d] != 1]
+    if order != sorted(order) or any(d > dim for d in order):
+        notes.append(f"{leaf.name} is laid out anew at each call; store it with K as the last dim")
+        leaf = emit(aten.permute.default, leaf, [d for d in range(len(shape)) if d != dim] + [dim])
+        leaf = emit(aten.clone.default, leaf, memory_format=torch.contiguous_format)
+    return emit.view(leaf, [shape[d] for d in order] + [shape[dim]])
+
+
+def _global_scale(emit: _Emitter, w: PackedWeight, rows: Sequence[Any]) -> Node:
+    """The multiplier of every row, float32 [.., N]."""
+    if w.global_scale is None:
+        return emit.full(rows, 1.0, w.qdata)
+    scale = w.global_scale
+    if scale.meta["val"].dtype != torch.float32:
+        scale = emit(prims.convert_element_type.default, scale, torch.float32)
+    if w.global_op == "divide":
+        scale = emit(aten.reciprocal.default, scale)
+    axes = list(_leading(w.qdata_axes, w.qdata, w.packed_dim))
+    kept = [(axis, size) for axis, size in zip(w.global_axes, _shape(scale), strict=True) if size != 1]
+    if any(axis not in axes for axis, _ in kept):
+        raise CannotRewriteError(
+            f"the global scale {_shape(scale)} is addressed differently from codes",
+            "give one per tensor, expert or row",
+        )
+    sizes = {axes.index(axis): size for axis, size in kept}
+    scale = emit.view(scale, [sizes.get(i, 1) for i in range(len(axes))])
+    return emit(aten.clone.default, emit(aten.expand.default, scale, list(rows)), memory_format=torch.contiguous_format)
+
+
+def _leading(axes: Sequence[Axis], leaf: Node, packed_dim: int) -> tuple[Axis, ...]:
+    """Axes of a leaf's dims but the packed one, without those of size 1, which address nothing.
+
+    One row, or one expert, is kept where all are of size 1.
+    """
+    sizes = [size for d, size in enumerate(_shape(leaf)) if d != packed_dim]
+    kept = tuple(axis for axis, size in zip(axes, sizes, strict=True) if size != 1)
+    return kept or tuple(axes[-1:])
+
+
+# One builder an op: (op node, result in place of the product)
+
+
+def _linear(emit: _Emitter, site: Site, layout: _Layout, weight: _Weight) -> tuple[Node, Node]:
+    parts = weight.parts()
+    if layout.expert is not None:
+        parts = _map(emit, parts, aten.select.int, 0, layout.expert.value)
+    parts = _rows(emit, site, layout, parts, 0)
+    return _apply(emit, site, lambda x: emit(nvfp4.linear.default, x, *parts))
+
+
+def _merged(emit: _Emitter, site: Site, layout: _Layout, weight: _Weight) -> tuple[Node, Node]:
+    parts = [emit.view(p, [-1, *_shape(p)[2:]]) for p in weight.parts()]
+    return _apply(emit, site, lambda x: emit(nvfp4.linear.default, x, *parts))
+
+
+def _batched(emit: _Emitter, site: Site, layout: _Layout, weight: _Weight) -> tuple[Node, Node]:
+    parts = _rows(emit, site, layout, weight.parts(), 1)
+    return _apply(emit, site, lambda x: emit(nvfp4.batched.default, x, *parts))
+
+
+def _grouped(emit: _Emitter, site: Site, layout: _Layout, weight: _Weight) -> tuple[Node, Node]:
+    op = emit(nvfp4.grouped.default, site.x, *weight.parts(), site.product.offs)
+    return op, op
+
+
+def _indexed(emit: _Emitter, site: Site, layout: _Layout, weight: _Weight) -> tuple[Node, Node]:
+    """Batch b of x [B, M, K] meets expert ids[b]: M rows each."""
+    assert layout.expert is not None
+    parts = _rows(emit, site, layout, weight.parts(), 1)
+    ids = emit.view(_ids(layout.expert), [-1])
+    m, n = _static(_shape(site.product.node)[1 + site.on_left]), _n(site)
+    if m != 1:
+        ids = emit.view(emit(aten.expand.default, emit(aten.unsqueeze.default, ids, 1), [-1, m]), [-1])
+
+    def product(x: Node) -> tuple[Node, Node]:
+        op = emit(nvfp4.indexed.default, emit.view(x, [-1, _shape(x)[-1]]), *parts, ids)
+        return op, emit.view(op, [-1, m, n])
+
+    return _apply(emit, site, product)
+
+
+def _spread(emit: _Emitter, site: Site, layout: _Layout, weight: _Weight) -> tuple[Node, Node]:
+    """Batch b of x [B, M, K] meets the rows of experts ids[b, :] side by side, as einsum lays them out."""
+    assert layout.expert is not None
+    assert layout.expert.node is not None
+    ids = layout.expert.node
+    m, chosen = _static(_shape(site.product.node)[1 + site.on_left]), _static(_shape(ids)[1])
+    every = emit.view(emit(aten.expand.default, emit(aten.unsqueeze.default, ids, 1), [-1, m, -1]), [-1])
+
+    def product(x: Node) -> tuple[Node, Node]:
+        rows = emit(aten.expand.default, emit(aten.unsqueeze.default, x, 2), [-1, -1, chosen, -1])
+        op = emit(nvfp4.indexed.default, emit.view(rows, [-1, _shape(x)[-1]]), *weight.parts(), every)
+        return op, emit.view(op, [-1, m, _n(site)])
+
+    return _apply(emit, site, product)
+
+
+def _rows(emit: _Emitter, site: Site, layout: _Layout, parts: Parts, dim: int) -> Parts:
+    """parts restricted to the rows that the operand shows, for example those of gate or up."""
+    if layout.row.kind == "dim":
+        return parts
+    start = layout.row.value or 0
+    return _map(emit, parts, aten.slice.Tensor, dim, start, start + _n(site))
+
+
+def _static(size: Any) -> int:
+    if not isinstance(size, int):
+        raise CannotRewriteError(f"the number of rows a batch, {size}, is symbolic", "flatten the rows to one a batch")
+    return size
+
+
+def _ids(expert: Axis) -> Node:
+    """The node of expert ids, one per batch in order."""
+    ids = expert.node
+    assert ids is not None
+    axes, sizes = expert.index_axes, _shape(ids)
+    in_order = len(axes) == 1 and axes[0].kind == "dim"
+    if len(axes) == 2:
+        quotient, remainder = axes
+        in_order = (quotient.kind, remainder.kind) == ("quotient", "remainder") and quotient.size == sizes[1]
+    if not in_order:
+        raise CannotRewriteError(f"expert ids are read at {', '.join(map(_text, axes))}", "select one expert a batch")
+    return ids
+
+
+_BUILDERS = {
+    "linear": _linear,
+    "merged": _merged,
+    "batched": _batched,
+    "grouped": _grouped,
+    "indexed": _indexed,
+    "spread": _spread,
+}
+
+
+def _apply(emit: _Emitter, site: Site, product: Callable[[Node], Any]) -> tuple[Node, Node]:
+    """product(x) for x [.., M, K]; a weight on the left takes and gives the other operand transposed."""
+
+    def pair(x: Node) -> tuple[Node, Node]:
+        y = product(x)
+        return y if isinstance(y, tuple) else (y, y)
+
+    if not site.on_left:
+        return pair(site.x)
+    rank = len(_shape(site.x))
+    order = [*range(rank - 2), rank - 1, rank - 2]
+    op, y = pair(emit(aten.permute.default, site.x, order))
+    return op, emit(aten.permute.default, y, order)
+
+
+class _Emitter:
+    """Inserts nodes before a product, with values for later passes and the product's place in the model."""
+
+    def __init__(self, graph: fx.Graph, before: Node) -> None:
+        self._graph = graph
+        self._fake_mode = before.meta["val"].fake_mode
+        self._meta = {k: before.meta[k] for k in ("nn_module_stack", "stack_trace", "seq_nr") if k in before.meta}
+
+        self._emitted: list[Node] = []
+
+    def __call__(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        node = self._graph.call_function(target, args, kwargs)
+        self._emitted.append(node)
+        with self._fake_mode:
+            values, keywords = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+            node.meta.update(self._meta, val=target(*values, **keywords))
+        return node
+
+    def view(self, node: Node, shape: list[Any]) -> Node:
+        """node in another shape, copied where its strides forbid a view."""
+        with self._fake_mode:
+            contiguous = node.meta["val"].is_contiguous()
+        if not contiguous:
+            node = self(aten.clone.default, node, memory_format=torch.contiguous_format)
+        return self(aten.view.default, node, shape)
+
+    def undo(self) -> None:
+        """Remove everything inserted."""
+        for node in reversed(self._emitted):
+            self._graph.erase_node(node)
+
+    def full(self, shape: Sequence[Any], value: float, like: Node) -> Node:
+        device = like.meta["val"].device
+        return self(aten.full.default, list(shape), value, dtype=torch.float32, device=device, pin_memory=False)
+
+
+def _shape(node: Node) -> list[Any]:
+    return list(node.meta["val"].shape)
+
+
+def _n(site: Site) -> int:
+    shape = _shape(site.weight.operand)
+    return int(shape[2 * len(shape) - 3 - site.weight.k_dim])
+
+
+def _text(axis: Axis | None) -> str:
+    if axis is None:
+        return "none"
+    size = "" if axis.size is None else f" by {axis.size}"
+    return f"{axis.kind} {axis.dim if axis.dim is not None else axis.node or axis.value}{size}"

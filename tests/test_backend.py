@@ -1,0 +1,234 @@
+"""The backend on models that spell their dequantisation: one graph, nothing dense left, right numbers, caches.
+
+Styles: plain linear, gather then einsum, transformers' batched_mm and grouped_mm, dense products of all experts.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import spelled_models
+import torch
+from spelled_models import STYLES, SpelledMoE
+from torch._inductor.custom_graph_pass import CustomGraphPass
+
+import fx_nvfp4
+from fx_nvfp4 import NotEmulatedError, NVFP4Warning
+from fx_nvfp4.backend import collect_reports, nvfp4_emu
+
+PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm, torch.ops.aten._grouped_mm}
+
+
+class Record(CustomGraphPass):
+    """Keeps what the graph holds after our pass."""
+
+    def __init__(self):
+        self.targets, self.elements = [], []
+
+    def __call__(self, graph):
+        for node in graph.nodes:
+            if node.op == "call_function":
+                self.targets.append(node.target)
+                val = node.meta.get("val")
+                if isinstance(val, torch.Tensor) and val.is_floating_point():
+                    self.elements.append(val.numel())
+
+    def uuid(self):
+        return None
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+
+
+def compiled(model, record=None, **kwargs):
+    options = {**kwargs.pop("options", {}), "force_disable_caches": True}
+    if record is not None:
+        options["post_grad_custom_pre_pass"] = record
+    return torch.compile(model, backend="nvfp4_emu", fullgraph=True, options=options, **kwargs)
+
+
+# torch compiles grouped products in bf16 alone.
+@pytest.mark.parametrize(
+    ("style", "dtype"),
+    [(s, d) for s in STYLES for d in (torch.bfloat16, torch.float32) if (s, d) != ("grouped", torch.float32)],
+)
+def test_style_becomes_ops_and_nothing_dense_is_left(device, style, dtype):
+    model = SpelledMoE(style, dtype).to(device)
+    x = spelled_models.tokens(9, dtype, device)
+    record = Record()
+    with torch.no_grad(), collect_reports() as report:
+        got = compiled(model, record)(x)
+        want = model.reference(x)
+    assert [m.op for m in report.matched] == [STYLES[style]] * 2
+    assert not report.refused
+    assert report.graphs == 1
+    # The largest float tensor left is smaller than one dequantised expert tensor.
+    assert max(record.elements) < model.up_qdata.numel()
+    bound = 1e-5 if dtype == torch.float32 else 2**-6
+    assert (got.float() - want).abs().max() <= bound * want.abs().max()
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_dynamic_token_counts_are_right_without_recompiling(device, style):
+    model = SpelledMoE(style, torch.bfloat16).to(device)
+    run = compiled(model, dynamic=True)
+    with torch.no_grad():
+        run(spelled_models.tokens(7, torch.bfloat16, device))
+        for tokens in (12, 2, 33):
+            x = spelled_models.tokens(tokens, torch.bfloat16, device)
+            with torch._dynamo.config.patch(error_on_recompile=True):
+                got = run(x).float()
+            want = model.reference(x)
+            assert (got - want).abs().max() <= 2**-6 * want.abs().max()
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune-no-cudagraphs"])
+def test_modes_keep_one_row_products_whole(device, mode):
+    # These modes decompose products of one row into multiply and sum, unless the backend prevents it.
+    model = SpelledMoE("linear", torch.bfloat16).to(device)
+    with torch.no_grad(), collect_reports() as report:
+        got = torch.compile(model, backend="nvfp4_emu", mode=mode)(spelled_models.tokens(1, torch.bfloat16, device))
+        want = model.reference(spelled_models.tokens(1, torch.bfloat16, device))
+    assert len(report.matched) == 2
+    assert (got.float() - want).abs().max() <= 2**-6 * want.abs().max()
+
+
+def test_gradients_reach_the_input_of_a_rewritten_product(device):
+    model = SpelledMoE("dense", torch.float32).to(device)
+    x = spelled_models.tokens(6, torch.float32, device).requires_grad_()
+    (got,) = torch.autograd.grad(compiled(model)(x).sum(), x)
+    (want,) = torch.autograd.grad(model.reference(x).sum(), x)
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+
+
+def test_everything_else_goes_to_inductor(device):
+    model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.GELU(), torch.nn.Linear(32, 8)).to(device)
+    x = torch.randn(3, 16, device=device)
+    with torch.no_grad(), collect_reports() as report:
+        torch.testing.assert_close(compiled(model)(x), model(x))
+    assert (report.matched, report.refused) == ([], [])
+
+
+def test_a_near_miss_is_a_warning_and_under_strict_an_error():
+    model = SpelledMoE("linear", torch.bfloat16, table_entry=(5, 3.03))
+    x = spelled_models.tokens(3, torch.bfloat16)
+    with torch.no_grad():
+        with pytest.warns(NVFP4Warning, match=r"2 uses of packed weights are not emulated"):
+            got = compiled(model)(x)
+        assert (got.float() - model(x).float()).abs().max() <= 2**-6 * got.float().abs().max()
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match=r"not emulated as NVFP4") as error:
+            compiled(model, options={"strict": True})(x)
+    assert isinstance(error.value.__cause__ or getattr(error.value, "inner_exception", None), NotEmulatedError)
+
+
+def test_an_explicit_dequantize_is_reported():
+    weight = fx_nvfp4.NVFP4Weight.from_dense(torch.randn(32, 48))
+    with torch.no_grad(), collect_reports() as report:
+        compiled(lambda x: x @ weight.dequantize().T)(torch.randn(2, 48))
+    (refusal,) = report.refused
+    assert "is dequantised for" in refusal.reason
+    assert "dequantize()" in refusal.advice
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"options": {"strikt": True}}, r"unknown option 'strikt'"),
+        ({"options": {"strict": "yes"}}, r"'strict' must be True or False"),
+        ({"mode": "fastest"}, r"fastest"),
+    ],
+)
+def test_unknown_options_and_modes_are_named(kwargs, message):
+    with pytest.raises(Exception, match=message):
+        torch.compile(torch.nn.Linear(2, 2), backend="nvfp4_emu", **kwargs)(torch.randn(1, 2))
+
+
+def test_a_users_own_joint_pass_still_runs():
+    record = Record()
+    model = SpelledMoE("linear", torch.bfloat16)
+    with torch.no_grad(), collect_reports() as report:
+        options = {"joint_custom_pre_pass": record, "force_disable_caches": True}
+        torch.compile(model, backend="nvfp4_emu", options=options)(spelled_models.tokens(3, torch.bfloat16))
+    assert record.targets
+    assert len(report.matched) == 2
+
+
+def test_a_table_changed_after_compilation_is_not_ignored(device):
+    model = SpelledMoE("linear", torch.float32).to(device)
+    x = spelled_models.tokens(3, torch.float32, device)
+    run = compiled(model)
+    with torch.no_grad():
+        before = run(x)
+        model.table *= 2
+        with pytest.warns(NVFP4Warning, match="lookup table changed"):
+            after = run(x)
+        torch.testing.assert_close(after, model(x), rtol=1e-4, atol=1e-4)
+        model.table /= 2
+        torch.testing.assert_close(run(x), before)
+
+
+def run_process(code, cache, **env):
+    tests = Path(__file__).parent
+    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), "PYTHONPATH": str(tests), **env}
+    code = "import torch, spelled_models\nfrom spelled_models import SpelledMoE\n" + textwrap.dedent(code)
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+WARM = """
+    import json, fx_nvfp4.backend as backend
+    runs = []
+    call = backend.EmulationPass.__call__
+    backend.EmulationPass.__call__ = lambda self, graph: (runs.append(1), call(self, graph))[1]
+    model = SpelledMoE("grouped", torch.bfloat16, table_entry={entry})
+    with torch.no_grad(), backend.collect_reports() as report:
+        y = torch.compile(model, backend="nvfp4_emu")(spelled_models.tokens(9, torch.bfloat16))
+    print(json.dumps([len(runs), len(report.matched), len(report.refused), y.float().sum().item()]))
+"""
+
+
+def test_a_warm_cache_skips_the_pass_and_keeps_result_and_report(tmp_path):
+    passes, matched, refused, total = run_process(WARM.format(entry=None), tmp_path)
+    assert (passes, matched, refused) == (1, 2, 0)
+    assert run_process(WARM.format(entry=None), tmp_path) == [0, 2, 0, total]
+
+
+def test_models_that_differ_only_in_their_table_share_no_artifact(tmp_path):
+    _, _, _, total = run_process(WARM.format(entry=None), tmp_path)
+    passes, matched, refused, other = run_process(WARM.format(entry=(5, 3.5)), tmp_path)
+    assert (passes, matched, refused) == (1, 0, 2)
+    assert other != total
+
+
+def test_the_backend_is_found_by_name_without_importing_the_package(tmp_path):
+    code = """
+        import json, sys
+        y = torch.compile(torch.nn.Linear(4, 4), backend="nvfp4_emu")(torch.ones(1, 4))
+        print(json.dumps("fx_nvfp4.backend" in sys.modules))
+    """
+    assert run_process(code.replace("spelled_models", "json"), tmp_path)
+
+
+def test_the_report_lies_in_the_debug_folder(tmp_path):
+    code = f"""
+        import json, glob
+        model = SpelledMoE("linear", torch.bfloat16)
+        with torch.no_grad():
+            torch.compile(model, backend="nvfp4_emu")(spelled_models.tokens(3, torch.bfloat16))
+        files = glob.glob("{tmp_path}/**/fx_nvfp4_report_0.json", recursive=True)
+        print(json.dumps([len(json.load(open(f))["matched"]) for f in files]))
+    """
+    env = {"TORCH_COMPILE_DEBUG": "1", "TORCH_COMPILE_DEBUG_DIR": str(tmp_path)}
+    assert run_process(code, tmp_path / "cache", **env) == [2]
+
+
+def test_the_backend_function_takes_what_dynamo_passes():
+    assert torch._dynamo.lookup_backend("nvfp4_emu") is nvfp4_emu
