@@ -4,7 +4,26 @@ model = torch.compile(fx_nvfp4.load(path), backend="nvfp4_emu")
 """
 
 from . import dispatch, format, ops
+from .backend import nvfp4_emu
+from .checkpoint import CheckpointError, load
+from .explain import explain
+from .report import NotEmulatedError, NVFP4Warning, Report
+from .serialize import load_file, save_file
 from .tensor import NVFP4Weight
 
 __version__ = "0.1.0"
-__all__ = ["NVFP4Weight", "dispatch", "format", "ops"]
+__all__ = [
+    "CheckpointError",
+    "NVFP4Warning",
+    "NVFP4Weight",
+    "NotEmulatedError",
+    "Report",
+    "dispatch",
+    "explain",
+    "format",
+    "load",
+    "load_file",
+    "nvfp4_emu",
+    "ops",
+    "save_file",
+]

@@ -52,12 +52,13 @@ def nvfp4_emu(
         log.debug("nvfp4_emu: arguments %s of this torch release are not used", sorted(unknown))
     serve_transformers_fallback()
     ours, inductor = _split_options(options or {})
-    tables = find_tables(gm, example_inputs)
+    packed = _holds_packed(example_inputs)
+    tables = find_tables(gm, example_inputs) if packed else {}
     graph_pass = EmulationPass(gm, ours, tables)
     patches = compat.with_joint_pass({**compat.mode_patches(mode), **inductor}, graph_pass)
     key = _report_key(gm, example_inputs, graph_pass)
     guard = TableGuard(gm, tables) if tables else None
-    compiled = compat.compile_with_inductor(gm, example_inputs, patches, _holds_packed(example_inputs))
+    compiled = compat.compile_with_inductor(gm, example_inputs, patches, packed)
     if graph_pass.report is None:
         graph_pass.restore(key)
     else:

@@ -66,7 +66,7 @@ def _select(func: Any, types: Any, args: Any, kwargs: Any) -> NVFP4Weight:
     w, dim, index = args
     if w.dim() != 3 or dim % w.dim() or w.expert_ids is not None:
         raise unsupported(func, w, f"select along dim {dim}, only an expert of a 3-D weight can be selected")
-    act_scale = w.act_scale[index] if w.act_scale is not None and w.act_scale.dim() else w.act_scale
+    act_scale = w.act_scale.select(0, index) if w.act_scale is not None and w.act_scale.dim() else w.act_scale
     return _view(func, args, kwargs, _map_parts(w, lambda t: t.select(0, index), act_scale=act_scale))
 
 

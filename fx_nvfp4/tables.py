@@ -6,7 +6,6 @@ the values go into the pass's uuid, and a call with other values runs the graph 
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -46,7 +45,7 @@ class TableGuard:
     """Runs a compiled graph while its tables hold the values it was compiled for, and the written one otherwise."""
 
     def __init__(self, gm: fx.GraphModule, tables: Mapping[int, Tensor]) -> None:
-        self._written = copy.deepcopy(gm)
+        self._written = _copy_of(gm)
         self._values = {i: t.clone() for i, t in tables.items()}
         self._seen = {i: (t, _version(t)) for i, t in tables.items()}
         self._warned = False
@@ -77,6 +76,13 @@ class TableGuard:
             return False
         self._seen[index] = table, _version(table)
         return True
+
+
+def _copy_of(gm: fx.GraphModule) -> fx.GraphModule:
+    """gm's graph in a module of its own, as compiling may change it; tensors are shared."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    return fx.GraphModule(gm, graph)
 
 
 def _version(table: Tensor) -> int | None:

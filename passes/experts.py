@@ -12,7 +12,9 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Node
 
-from .weights import Axis, PackedWeight, Refusal, cone_key, cone_nodes, recognise_weight
+from .cone import cone_key, cone_nodes
+from .found import Axis, PackedWeight, Refusal
+from .weights import recognise_weight
 
 aten = torch.ops.aten
 

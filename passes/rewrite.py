@@ -15,7 +15,7 @@ from torch import fx
 from torch.fx import Node
 
 from .experts import Site
-from .weights import Axis, PackedWeight
+from .found import Axis, PackedWeight
 
 aten = torch.ops.aten
 prims = torch.ops.prims

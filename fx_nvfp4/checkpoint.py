@@ -1,0 +1,80 @@
+"""``load``: an NVFP4 checkpoint of ModelOpt, compressed-tensors, Quark or torchao as a transformers model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checkpoints import skeleton
+from .checkpoints.assemble import Assembler
+from .checkpoints.errors import CheckpointError
+from .checkpoints.plan import Plan, make_plan
+from .checkpoints.reader import Reader, checkpoint_folder, read_json
+from .checkpoints.scheme import read_scheme
+from .dialects import get_dialect
+from .dispatch import serve_transformers_fallback
+
+__all__ = ["CheckpointError", "load"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def load(
+    path: str | Path,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    dialect: str = "hardware",
+    progress: bool = True,
+) -> Any:
+    """Load an NVFP4 checkpoint; packed weights stay packed all the way (:class:`fx_nvfp4.NVFP4Weight`).
+
+    Args:
+        path: a folder with config.json and model.safetensors, or shards and model.safetensors.index.json.
+            Nothing is downloaded and no pickle is read.
+        device: where the weights go; default the CPU.
+        dtype: float32, bfloat16 or float16: of everything that is not packed, and what packed weights show;
+            default what config.json says. float32 makes the whole model compute in float32.
+        dialect: the rule that rounds the activations of W4A4 models: "hardware", "producer" (the one that
+            wrote the checkpoint), or a name in :data:`fx_nvfp4.dialects.DIALECTS`.
+        progress: show a progress bar.
+
+    Returns:
+        The transformers model that config.json names, in eval mode, nothing of it requiring a gradient.
+
+    Raises:
+        CheckpointError: the checkpoint is no NVFP4 checkpoint, or is incomplete or damaged. Everything but the
+            contents of block scales is checked before memory is allocated.
+        ValueError: an unknown dialect or dtype.
+        ImportError: transformers is not installed.
+    """
+    if dtype is not None and dtype not in _DTYPES:
+        raise ValueError(f"load: dtype must be float32, bfloat16 or float16, got {dtype}")
+    if dialect != "producer":
+        get_dialect(dialect)
+    folder = checkpoint_folder(path)
+    config = read_json(folder / "config.json")
+    reader = Reader(folder)
+    scheme = read_scheme(folder, config, reader.metadata)
+    model = skeleton.build(config, dtype, folder / "config.json")
+    plan = make_plan(reader, scheme, model)
+
+    target = torch.device(device or "cpu")
+    rule = scheme.convention.dialect if dialect == "producer" else dialect
+    weights = dict(Assembler(reader, target, model.config.dtype, rule, progress).tensors(plan))
+    skeleton.initialize_buffers(model, target)
+    _install(model, weights, plan)
+    skeleton.set_generation_config(model, folder)
+    serve_transformers_fallback()
+    return model
+
+
+def _install(model: Any, weights: dict[str, Tensor], plan: Plan) -> None:
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, weight in weights.items():
+        value = torch.nn.Parameter(weight, requires_grad=False) if name in parameters else weight
+        skeleton.set_tensor(model, name, value)
+    model.tie_weights(missing_keys=set(plan.tied), recompute_mapping=False)

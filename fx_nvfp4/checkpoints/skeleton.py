@@ -1,0 +1,197 @@
+"""The empty model, and the one place that knows transformers' private names.
+
+Used of transformers (5.14 to 5.23): ``PreTrainedModel._from_config``, ``_get_dtype_plan``,
+``_keys_to_ignore_on_load_unexpected``, ``_can_set_experts_implementation``, ``initialize_weights``,
+``named_non_persistent_buffers``, ``tie_weights(missing_keys=)``, ``conversion_mapping.get_model_conversion_mapping``
+and ``core_model_loading.WeightRenaming.rename_source_key``.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import CheckpointError, mismatch
+
+logger = logging.getLogger("fx_nvfp4.checkpoint")
+
+EXPERTS_IMPLEMENTATION = "grouped_mm"
+
+# Experts that multiply x @ weight but carry no is_transposed attribute.
+_TRANSPOSED_EXPERTS = ("Llama4TextExperts", "GptOssExperts")
+_INTERLEAVED_EXPERTS = ("GptOssExperts",)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a module stores a weight: transposed, [.., K, N], and gate and up rows interleaved."""
+
+    transposed: bool = False
+    interleaved: bool = False
+
+
+def build(config: Mapping[str, Any], dtype: torch.dtype | None, where: Path) -> Any:
+    """The model that config.json describes, without weights (on the meta device).
+
+    Args:
+        config: config.json.
+        dtype: of all that is not packed; None takes config.json's, or bfloat16.
+        where: the config's file, for messages.
+
+    Raises:
+        CheckpointError: this transformers does not know the model.
+        ImportError: transformers is not installed.
+    """
+    transformers = _transformers()
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    model_type = plain.get("model_type")
+    if model_type not in transformers.CONFIG_MAPPING:
+        raise mismatch(
+            where,
+            f"model_type {model_type!r}",
+            f"one that transformers {transformers.__version__} knows",
+            "install a newer transformers",
+        )
+    model_config = transformers.CONFIG_MAPPING[model_type].from_dict(plain)
+    model_class = _model_class(transformers, plain, model_config, where)
+    _set_dtype(model_config, dtype or _floating(model_config.dtype) or torch.bfloat16)
+    with torch.device("meta"):
+        model = model_class._from_config(model_config, dtype=model_config.dtype)
+    _use_traceable_experts(model)
+    return model.eval().requires_grad_(False)
+
+
+def _model_class(transformers: Any, config: Mapping[str, Any], model_config: Any, where: Path) -> Any:
+    names = config.get("architectures") or []
+    if not names:
+        return transformers.AutoModelForCausalLM._model_mapping[type(model_config)]
+    model_class = getattr(transformers, str(names[0]), None)
+    if model_class is None:
+        known = f"a class of transformers {transformers.__version__}"
+        raise mismatch(f"{where}: architectures", names, known, "install a newer transformers")
+    return model_class
+
+
+def _set_dtype(config: Any, dtype: torch.dtype) -> None:
+    """Set dtype in a config and those nested in it; models build their parts from the nested ones."""
+    config.dtype = dtype
+    for name in getattr(config, "sub_configs", {}):
+        nested = getattr(config, name, None)
+        if nested is not None:
+            _set_dtype(nested, dtype)
+
+
+def _floating(dtype: Any) -> torch.dtype | None:
+    dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else None
+
+
+def _use_traceable_experts(model: Any) -> None:
+    """Experts as grouped matmuls: transformers' eager loop over the experts hit cannot be one graph."""
+    if not any(hasattr(module, "_apply_gate") for module in model.modules()):
+        return
+    for module in model.modules():
+        if getattr(module, "_can_set_experts_implementation", lambda: False)():
+            module.set_experts_implementation(EXPERTS_IMPLEMENTATION)
+    logger.info("experts of %s run as %s, which traces to one graph", type(model).__name__, EXPERTS_IMPLEMENTATION)
+
+
+def experts_layout(module: torch.nn.Module) -> Layout:
+    """How an experts module stores its 3-D weights."""
+    name = type(module).__name__
+    return Layout(
+        getattr(module, "is_transposed", name in _TRANSPOSED_EXPERTS),
+        not getattr(module, "is_concatenated", name not in _INTERLEAVED_EXPERTS),
+    )
+
+
+def renaming(model: Any) -> Callable[[str], str]:
+    """transformers' own renaming of checkpoint names to the model's parameter names.
+
+    Raises:
+        CheckpointError: this transformers has no such mapping.
+    """
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+    except ImportError as error:
+        raise CheckpointError(
+            f"transformers {_transformers().__version__} has no conversion_mapping.get_model_conversion_mapping, "
+            "which names the model's parameters; use transformers 5.14 to 5.23"
+        ) from error
+    renamings = [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
+
+    def rename(name: str) -> str:
+        for transform in renamings:
+            name = transform.rename_source_key(name)[0]
+        return name
+
+    return rename
+
+
+def ignored_names(model: Any) -> Callable[[str], bool]:
+    """Whether the model's class says that it has no use for a checkpoint tensor (rotary tables, extra layers)."""
+    patterns = [re.compile(p) for p in (*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq")]
+    return lambda name: any(pattern.search(name) for pattern in patterns)
+
+
+def wanted_dtypes(model: Any) -> Callable[[str, torch.dtype], torch.dtype]:
+    """The dtype for a parameter, given the one it was built in: some models keep a few of them in fp32."""
+    plan = {re.compile(p.replace("*", ".*")): t for p, t in model._get_dtype_plan(model.config.dtype).items()}
+    return lambda name, built: next((t for pattern, t in plan.items() if pattern.search(name)), built)
+
+
+def initialize_buffers(model: Any, device: torch.device) -> None:
+    """Compute the buffers that no checkpoint holds, such as rotary frequencies.
+
+    To be called while all parameters are still on meta, where initialising them is free.
+
+    Raises:
+        CheckpointError: the model's class left one of them without a value.
+    """
+    buffers = list(model.named_non_persistent_buffers())
+    for name, buffer in buffers:
+        # Computed on the CPU, so that every device gets the same bits.
+        unset = torch.empty_like(buffer, device="cpu")
+        set_tensor(model, name, unset.fill_(float("nan")) if _has_nan(unset) else unset.zero_())
+    model.initialize_weights()
+    for name, _ in buffers:
+        value = model.get_buffer(name)
+        if _has_nan(value) and torch.isnan(value).any():
+            raise CheckpointError(
+                f"{name}: {type(model).__name__} does not compute this buffer in _init_weights; "
+                "this transformers version cannot build the model without weights, use another (5.14 to 5.23)"
+            )
+        set_tensor(model, name, value.to(device))
+
+
+def _has_nan(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def set_tensor(model: torch.nn.Module, name: str, value: torch.Tensor) -> None:
+    """Put a parameter or buffer into its place."""
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, value)
+
+
+def set_generation_config(model: Any, folder: Path) -> None:
+    """Take over generation_config.json where there is one."""
+    if (folder / "generation_config.json").is_file() and model.can_generate():
+        model.generation_config = _transformers().GenerationConfig.from_pretrained(folder)
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError(
+            "fx_nvfp4.load builds models with transformers: pip install fx-nvfp4[transformers]"
+        ) from error
+    return transformers

@@ -1,0 +1,190 @@
+"""The ops between a matmul operand and its leaves: which leaves are packed, which choose experts, and equal cones."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from .sample import Sampler, arguments, inputs_of, is_supported, is_tensor, shape_of
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+BYTES = (torch.uint8, torch.int8, torch.float4_e2m1fn_x2)  # dtypes that packed codes come in, besides int32
+
+_MAX_CONE = 4000
+_LAYOUT_ONLY = {
+    *(aten.clone.default, aten.alias.default, aten.detach.default, aten.expand.default, aten.unsqueeze.default),
+    *(aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default, aten.view.default, aten.reshape.default),
+    *(prims.convert_element_type.default, aten._to_copy.default, aten._unsafe_view.default),
+}
+_GATHERING = {
+    *(aten.index.Tensor, aten._unsafe_index.Tensor, aten.embedding.default),
+    *(aten.index_select.default, aten.gather.default),
+}
+_UNPACKING = {
+    *(aten.bitwise_and, aten.bitwise_right_shift, aten.__rshift__, aten.remainder, aten.div, aten.floor_divide),
+    *(aten.__and__, aten.view, aten.bitwise_left_shift, aten.__lshift__, aten.bitwise_xor, aten.fmod),
+}
+
+
+@dataclass(frozen=True)
+class Cone:
+    """The nodes between an operand and its leaves, found without evaluating anything."""
+
+    operand: Node
+    nodes: tuple[Node, ...]
+    packed: frozenset[Node]
+
+    @staticmethod
+    def above(operand: Node) -> Cone | None:
+        """The cone of an operand, or None if there are no leaves of packed integers in it."""
+        nodes: dict[Node, None] = {}
+        stack, packed = [operand], []
+        while stack:
+            node = stack.pop()
+            if node in nodes:
+                continue
+            nodes[node] = None
+            if len(nodes) > _MAX_CONE:
+                return None
+            if is_supported(node):
+                stack += inputs_of(node)
+            elif node.meta["val"].dtype in (*BYTES, torch.int32):
+                packed.append(node)
+        packed = [n for n in packed if n.meta["val"].dtype in BYTES or _is_unpacked(n, nodes)]
+        packed = [n for n in packed if n.meta["val"].dim() > 0]
+        return Cone(operand, tuple(nodes), frozenset(packed)) if packed else None
+
+    @cached_property
+    def index_leaves(self) -> dict[Node, tuple[Node, int]]:
+        """Integer nodes that choose experts or rows -> (the one that stands for all equal ones, bound of its values).
+
+        They do not depend on packed data, and are taken as they are: routing lies behind them.
+        """
+        sources = Sampler(lambda node, at: None).sources
+        found: dict[Node, tuple[Node, int]] = {}
+        for node in self.nodes:
+            if not is_supported(node):
+                continue
+            for index, size in _indices(node):
+                root = _without_broadcast(index)
+                below = sources(root)
+                if not below or below & self.packed:
+                    continue
+                equal = next((n for n, _ in found.values() if _same_value(n, root)), root)
+                bound = min(size, found[equal][1]) if equal in found else size
+                found[equal] = found[root] = (equal, bound)
+        return found
+
+
+def _is_unpacked(leaf: Node, cone: Mapping[Node, None]) -> bool:
+    """Whether an int32 leaf is taken apart bit by bit, as packed codes are and ids are not."""
+    stack = [leaf]
+    while stack:
+        node = stack.pop()
+        for user in node.users:
+            if user not in cone or user.op != "call_function" or user.args[0] is not node:
+                continue
+            if user.target is aten.view.dtype:
+                return True
+            if user.target in _LAYOUT_ONLY or user.target in (aten.permute.default, *_GATHERING, aten.slice.Tensor):
+                stack.append(user)
+            elif getattr(user.target, "overloadpacket", None) in _UNPACKING:
+                return True
+    return False
+
+
+def _same_value(a: Any, b: Any) -> bool:
+    """Whether two arguments are spelled the same from the same nodes."""
+    if isinstance(a, Node) and isinstance(b, Node):
+        if a is b:
+            return True
+        if not is_tensor(a) or not is_tensor(b):  # sizes
+            return str(a.meta.get("val", a)) == str(b.meta.get("val", b))
+        calls = a.op == b.op == "call_function" and a.target == b.target and a.kwargs == b.kwargs
+        return calls and is_supported(a) and _same_value(a.args, b.args)
+    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
+        return len(a) == len(b) and all(map(_same_value, a, b))
+    return type(a) is type(b) and a == b
+
+
+def _indices(node: Node) -> list[tuple[Node, int]]:
+    """(index tensor, size of the dimension that it indexes) of a gathering op."""
+    if node.target not in _GATHERING:
+        return []
+    a = arguments(node)
+    if node.target is aten.embedding.default:
+        return [(a.indices, shape_of(a.weight)[0])]
+    shape = shape_of(a.self)
+    if node.target in (aten.index_select.default, aten.gather.default):
+        return [(a.index, shape[a.dim])] if shape else []
+    return [(index, size) for index, size in zip(a.indices, shape, strict=False) if index is not None]
+
+
+def _without_broadcast(index: Node) -> Node:
+    """What an index tensor is a broadcast or cast copy of."""
+    while index.op == "call_function" and index.target in _LAYOUT_ONLY:
+        source = index.args[0]
+        assert isinstance(source, Node)
+        val = source.meta["val"]
+        expanded = index.target is aten.expand.default
+        if (
+            val.dtype == torch.bool
+            or val.is_floating_point()
+            or not (expanded or _squeezed(source) == _squeezed(index))
+        ):
+            break
+        index = source
+    return index
+
+
+def _squeezed(node: Node) -> list[int]:
+    return [size for size in shape_of(node) if size != 1]
+
+
+def cone_key(node: Node) -> Hashable:
+    """Equal for operands that are spelled the same from leaves of the same kinds, such as 128 experts' weights.
+
+    Nodes are numbered in the order in which a walk from the operand meets them, and so are those of `cone_nodes`: the
+    result for one operand, its nodes replaced by their counterparts, is that for every other with an equal key, if the
+    `constants` named in its `tables` have equal values too.
+    """
+    numbers = {n: i for i, n in enumerate(cone_nodes(node))}
+
+    def plain(arg: Any) -> Hashable:
+        if isinstance(arg, (list, tuple)):
+            return tuple(map(plain, arg))
+        if not isinstance(arg, Node):
+            return type(arg).__name__, str(arg)
+        if arg in numbers:
+            return "node", numbers[arg]
+        if isinstance(arg.meta.get("val"), (list, tuple)):  # split and its like, which only getitem refers to
+            return call(arg)
+        return "value", str(arg.meta.get("val"))
+
+    def call(n: Node) -> Hashable:
+        return str(n.target), plain(n.args), tuple((k, plain(v)) for k, v in sorted(n.kwargs.items()))
+
+    def entry(n: Node) -> Hashable:
+        val = n.meta["val"]
+        return (call(n) if is_supported(n) else n.op), str(val.dtype), *map(str, val.shape)
+
+    return tuple(map(entry, numbers))
+
+
+def cone_nodes(node: Node) -> tuple[Node, ...]:
+    """The nodes of an operand's cone, in an order that depends on its structure alone."""
+    nodes: dict[Node, None] = {}
+    stack = [node]
+    while stack:
+        n = stack.pop()
+        if n not in nodes:
+            nodes[n] = None
+            stack += inputs_of(n) if is_supported(n) else ()
+    return tuple(nodes)

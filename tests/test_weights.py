@@ -1,0 +1,116 @@
+"""What `recognise_weight` takes for an NVFP4 weight: every spelling that models use, whatever the weight's size."""
+
+import time
+
+import pytest
+import torch
+from fx_nvfp4.passes.weights import PackedWeight, recognise_weight
+from recognition import BF16, FP16, FP32, K, N, accepted, dim, refused, weight
+from spellings import DECODERS, E2M1, by_blocks, dequantise, lookup, packed, per_matrix, trace
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_spelling_is_what_it_claims(name):
+    """Guards the tests: a wrong spelling that is refused would prove nothing."""
+    q, _ = packed(3, 8, 64)
+    values = torch.tensor(E2M1)[torch.stack((q & 15, q >> 4), -1).flatten(-2).long()]
+    assert torch.equal(DECODERS[name](q).float(), values)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+@pytest.mark.parametrize("name", DECODERS)
+def test_spelling_is_recognised(name, dtype):
+    q, s, g = weight()
+    found, inputs = accepted(lambda q, s, g: dequantise(q, s, g, dtype, DECODERS[name]), q, s, g)
+    assert (found.qdata, found.block_scale, found.global_scale) == inputs
+    assert (found.k_dim, found.packed_dim, found.scale_dim, found.scale_layout) == (2, 2, 2, "linear")
+    assert found.qdata_axes == found.scale_axes == (dim(0), dim(1))
+    assert found.global_axes == (dim(0),)
+    assert (found.low_nibble_first, found.global_op, found.dtype) == (True, "multiply", dtype)
+    short = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}[dtype]
+    assert found.formula == f"{short}(v * (s * g))"
+
+
+def test_table_as_an_input_is_reported():
+    """A compiled artifact is valid for the table's values only, so the caller must know which tables counted."""
+    q, s, g = weight()
+    table = torch.tensor(E2M1)
+    found, inputs = accepted(
+        lambda q, s, g, t: dequantise(q, s, g, decode=lambda q: lookup(q, t)), q, s, g, table, tables=(3,)
+    )
+    assert found.tables == (inputs[3],)
+
+
+def test_table_of_unknown_values_is_refused():
+    q, s, g = weight()
+    reason = refused(lambda q, s, g, t: dequantise(q, s, g, decode=lambda q: lookup(q, t)), q, s, g, torch.tensor(E2M1))
+    assert "values are unknown" in reason
+
+
+def test_known_scales_are_not_trusted():
+    """Scales that the caller knows (static, small) must stay inputs: their values differ from model to model."""
+    q, s = packed(N, K)
+    found, inputs = accepted(dequantise, q, s, torch.tensor([0.5]), tables=(0, 1, 2))
+    assert (found.block_scale, found.global_scale) == inputs[1:]
+    assert not set(found.tables) & set(inputs)
+
+
+def test_high_nibble_first():
+    q, s, g = weight()
+    swapped = lambda q, s, g: dequantise((q >> 4) | (q << 4), s, g)  # noqa: E731
+    assert not accepted(swapped, q, s, g)[0].low_nibble_first
+
+
+def test_scale_bytes_seen_as_e4m3():
+    q, s, g = weight()
+    fn = lambda q, s, g: dequantise(q, s.view(torch.float8_e4m3fn), g)  # noqa: E731
+    found, inputs = accepted(fn, q, s.view(torch.uint8), g)
+    assert (found.qdata, found.block_scale) == inputs[:2]
+
+
+def test_scale_bytes_decoded_by_table():
+    q, s, g = weight()
+    table = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    fn = lambda q, s, g, t: by_blocks(lookup(q), t[s.int()] * per_matrix(g)).to(BF16)  # noqa: E731
+    found, inputs = accepted(fn, q, s.view(torch.uint8), g, table, tables=(3,))
+    assert found.block_scale == inputs[1]
+    assert inputs[3] in found.tables
+
+
+@pytest.mark.parametrize("how", ["shift", "view"])
+def test_int32_words(how):
+    q, s, g = weight()
+
+    def fn(q, s, g):
+        if how == "view":
+            return dequantise(q.view(torch.uint8), s, g)
+        codes = (q[..., None] >> torch.arange(0, 32, 4, dtype=torch.int32)) & 15
+        return by_blocks(torch.tensor(E2M1)[codes].flatten(-2), s.float() * per_matrix(g)).to(BF16)
+
+    found, inputs = accepted(fn, q.view(torch.int32), s, g)
+    assert (found.qdata, found.packed_dim, found.low_nibble_first) == (inputs[0], 2, True)
+
+
+def test_int8_bytes():
+    q, s, g = weight()
+    found, inputs = accepted(lambda q, s, g: dequantise(q.view(torch.uint8), s, g), q.view(torch.int8), s, g)
+    assert found.qdata == inputs[0]
+
+
+def test_float4_bytes():
+    q, s, g = weight()
+    fn = lambda q, s, g: dequantise(q.view(torch.uint8), s, g)  # noqa: E731
+    found, inputs = accepted(fn, q.view(torch.float4_e2m1fn_x2), s, g)
+    assert (found.qdata, found.packed_dim) == (inputs[0], 2)
+
+
+@pytest.mark.parametrize("name", ["lookup", "arithmetic", "where_chain", "slice_assign", "one_hot"])
+def test_cost_does_not_grow_with_the_weight(name):
+    """Bounds are generous for slow machines; about 30 ms each is usual, and a fifth of a second for one_hot."""
+    q, s = packed(128, 3072, 4096, device="meta")
+    fn = lambda q, s, g: dequantise(q, s, g, decode=DECODERS[name])  # noqa: E731
+    traced = trace(fn, q, s, torch.empty(128, device="meta"))
+    start = time.perf_counter()
+    found = recognise_weight(traced.operand, traced.constants)
+    assert isinstance(found, PackedWeight)
+    assert time.perf_counter() - start < 2
