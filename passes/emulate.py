@@ -12,6 +12,7 @@ from torch.fx import Node
 from fx_nvfp4.report import Match, Refusal, Report
 
 from .experts import Site, find_sites
+from .nodes import hint
 from .place import origin, where
 from .rewrite import CannotRewriteError, rewrite
 from .verify import find_dequantized
@@ -57,14 +58,15 @@ def _not_served(site: Site, error: CannotRewriteError) -> Refusal:
 
 
 def _match(node: Node, names: Mapping[Node, str], source: str, notes: tuple[str, ...]) -> Match:
-    x, qdata = node.args[0].meta["val"], node.args[1].meta["val"]
+    left, codes = node.all_input_nodes[:2]
+    x, qdata = left.meta["val"], codes.meta["val"]
     return Match(
         where=where(node),
-        weight=origin(node.args[1], names),
-        op=_OPS[node.target],
-        experts=qdata.shape[0] if qdata.dim() == 3 else 0,
-        n=qdata.shape[-2],
-        k=qdata.shape[-1] * 2,
+        weight=origin(codes, names),
+        op=_OPS[node.target],  # type: ignore[index]
+        experts=hint(qdata.shape[0]) if qdata.dim() == 3 else 0,
+        n=hint(qdata.shape[-2]),
+        k=hint(qdata.shape[-1]) * 2,
         x=" x ".join(map(str, x.shape)),
         dtype=str(x.dtype).removeprefix("torch."),
         activations=_activations(node),
@@ -74,8 +76,8 @@ def _match(node: Node, names: Mapping[Node, str], source: str, notes: tuple[str,
 
 
 def _activations(node: Node) -> str:
-    arguments = node.normalized_arguments(node.graph.owning_module, normalize_to_only_use_kwargs=True)
-    given: dict[str, Any] = dict(arguments.kwargs) if arguments else dict(node.kwargs)
+    given: dict[str, Any] = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False))  # type: ignore[union-attr]
+    given.update(node.kwargs)
     mode, scale = given.get("activations", "none"), given.get("act_scale")
     if mode == "none":
         return "W4A16"

@@ -342,7 +342,9 @@ class _Emitter:
     def __init__(self, graph: fx.Graph, before: Node) -> None:
         self._graph = graph
         self._fake_mode = before.meta["val"].fake_mode
-        self._meta = {k: before.meta[k] for k in ("nn_module_stack", "stack_trace", "seq_nr") if k in before.meta}
+        self._meta: dict[str, Any] = {
+            k: before.meta[k] for k in ("nn_module_stack", "stack_trace", "seq_nr") if k in before.meta
+        }
 
         self._emitted: list[Node] = []
 

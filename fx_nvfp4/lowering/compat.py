@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,8 @@ def cache_folder() -> Path:
 @contextlib.contextmanager
 def without_caches() -> Iterator[None]:
     """Compile anew, reading and writing no cache."""
-    with config.patch(force_disable_caches=True):
+    with config.patch(force_disable_caches=True), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="dynamo_pgo force disabled")
         yield
 
 
