@@ -41,8 +41,8 @@ def encode_e2m1(x: Tensor) -> Tensor:
 
 
 def encode_e4m3(x: Tensor) -> Tensor:
-    """Round non-negative float32 to float8_e4m3fn, nearest even, saturating at 448 (NaN stays NaN)."""
-    return x.clamp(max=E4M3_MAX).to(torch.float8_e4m3fn)
+    """Round float32 to float8_e4m3fn: nearest, ties to even, saturating at +-448; NaN stays NaN."""
+    return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
 class Dialect:

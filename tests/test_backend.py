@@ -175,8 +175,8 @@ def test_a_table_changed_after_compilation_is_not_ignored(device):
 
 
 def run_process(code, cache, **env):
-    tests = Path(__file__).parent
-    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), "PYTHONPATH": str(tests), **env}
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), "PYTHONPATH": path, **env}
     code = "import torch, spelled_models\nfrom spelled_models import SpelledMoE\n" + textwrap.dedent(code)
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
