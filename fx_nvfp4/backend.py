@@ -17,7 +17,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from .dispatch import serve_transformers_fallback
 from .lowering import compat
 from .passes.emulate import emulate
-from .report import NotEmulatedError, NVFP4Warning, Report
+from .report import NotEmulatedError, NVFP4Warning, Report, module_path
 from .tables import TableGuard, find_tables, hash_tables
 from .tensor import NVFP4Weight
 
@@ -99,11 +99,14 @@ class EmulationPass(CustomGraphPass):
         names = {n: self._name(*source) for n, source in inputs.items()}
         report, tables = emulate(graph, constants, names)
         self.used_tables |= {inputs[node][0] for node in tables}
-        self.report = report
+        # Branches of control flow are graphs of their own, and come before the one around them.
+        self.report = self.report or Report()
+        self.report.extend(report)
+        self.report.graphs = 1
         if report.refused and self._options["strict"]:
             # Raised here so that nothing is compiled, and no artifact kept, that a strict user did not allow.
             raise NotEmulatedError(_refusals(report))
-        compat.write_artifact("fx_nvfp4_report", report.to_json())
+        compat.write_artifact("fx_nvfp4_report", self.report.to_json())
 
     def uuid(self) -> Any:
         return self._uuid
@@ -132,8 +135,6 @@ class EmulationPass(CustomGraphPass):
         self.used_tables = set(content["tables"])
 
     def _name(self, index: int, attribute: str) -> str:
-        from .report import module_path
-
         return module_path(self._sources[index][0]) if index < len(self._sources) else attribute
 
 
@@ -145,7 +146,8 @@ def collect_reports() -> Iterator[Report]:
     try:
         yield report
     finally:
-        _collectors.remove(report)
+        # By identity: two empty reports are equal.
+        _collectors[:] = [c for c in _collectors if c is not report]
 
 
 def _publish(report: Report | None, strict: bool) -> None:
@@ -179,6 +181,13 @@ def _holds_packed(example_inputs: Sequence[Any]) -> bool:
 
 
 def _report_key(gm: fx.GraphModule, example_inputs: Sequence[Any], graph_pass: EmulationPass) -> str:
-    shapes = [(str(t.dtype), list(map(str, t.shape)), str(t.device)) for t in example_inputs if isinstance(t, Tensor)]
-    content = f"{gm.code}{shapes}{graph_pass.uuid()}{torch.is_grad_enabled()}"
+    inputs = [_describe(t) for t in example_inputs if isinstance(t, Tensor)]
+    content = f"{gm.code}{inputs}{graph_pass.uuid()}{torch.is_grad_enabled()}"
     return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _describe(tensor: Tensor) -> str:
+    """What of a graph input decides the compiled graph."""
+    if isinstance(tensor, NVFP4Weight):
+        return tensor._stable_hash_for_caching()
+    return f"{tensor.dtype} {list(map(str, tensor.shape))} {tensor.device} {tensor.requires_grad}"

@@ -13,9 +13,6 @@ from torch import Tensor
 E2M1_MAX = 6.0
 E4M3_MAX = 448.0
 
-# Half-way points between neighbouring E2M1 magnitudes. `right=True` at an odd code sends a tie up to the even
-# neighbour, `right=False` at an even code keeps it there: together, round to nearest, ties to even.
-_MIDPOINTS = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
 _ONE_SIXTH = torch.tensor(1.0 / 6.0, dtype=torch.float32).item()
 
 
@@ -29,12 +26,13 @@ def encode_e2m1(x: Tensor) -> Tensor:
         uint8 codes 0 to 15, same shape: nearest, ties to even, saturating at 6; the sign is kept on zero,
         NaN becomes +6, infinities become +-6.
     """
-    magnitude = x.abs()
-    midpoints = _MIDPOINTS.to(x.device)
-    above = torch.bucketize(magnitude, midpoints, right=True)
-    below = torch.bucketize(magnitude, midpoints, right=False)
-    # At a tie the two differ by one, and exactly one of them is even.
-    code = torch.where(below % 2 == 0, below, above).to(torch.uint8)
+    m = x.abs()
+    # The half-way points between magnitudes; a tie belongs to the even one of the two codes. Comparisons with
+    # numbers, not with a table, so that a CUDA graph can capture this.
+    steps = (m > 0.25, m >= 0.75, m > 1.25, m >= 1.75, m > 2.5, m >= 3.5, m > 5.0)
+    code = torch.zeros_like(x, dtype=torch.uint8)
+    for step in steps:
+        code = code + step
     nan = torch.isnan(x)
     code = torch.where(nan, 7, code)
     return code | ((torch.signbit(x) & ~nan).to(torch.uint8) << 3)
@@ -43,6 +41,11 @@ def encode_e2m1(x: Tensor) -> Tensor:
 def encode_e4m3(x: Tensor) -> Tensor:
     """Round float32 to float8_e4m3fn: nearest, ties to even, saturating at +-448; NaN stays NaN."""
     return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def _times(g: Tensor, sixth: Tensor) -> Tensor:
+    """g * amax / 6 with 0 for a zero block, also where the global scale is so small that g is infinite."""
+    return torch.where(sixth == 0, 0.0, g * sixth)
 
 
 class Dialect:
@@ -62,7 +65,7 @@ class Dialect:
 
     def block_scale(self, amax: Tensor, s: Tensor, g: Tensor) -> Tensor:
         """e4m3 block scales from the blocks' maxima (in the input's dtype), s and g (fp32)."""
-        return encode_e4m3(g * (amax.float() * _ONE_SIXTH))
+        return encode_e4m3(_times(g, amax.float() * _ONE_SIXTH))
 
     def scaled(self, blocks: Tensor, scale: Tensor, s: Tensor, g: Tensor) -> Tensor:
         """fp32 numbers that E2M1 rounding turns into codes."""
@@ -114,7 +117,7 @@ class CompressedTensors(Dialect):
         return _spreading_amax(blocks)
 
     def block_scale(self, amax: Tensor, s: Tensor, g: Tensor) -> Tensor:
-        scale = encode_e4m3(g * (amax / E2M1_MAX).float())
+        scale = encode_e4m3(_times(g, (amax / E2M1_MAX).float()))
         return torch.where(scale.float() == 0, self.zero_scale, scale.float()).to(torch.float8_e4m3fn)
 
     def scaled(self, blocks: Tensor, scale: Tensor, s: Tensor, g: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -90,7 +91,10 @@ def _choose(func: Any, w: NVFP4Weight, ids: Tensor) -> NVFP4Weight:
     """experts[ids] without gathering: the product gathers."""
     if w.qdata.dim() != 3 or ids.dtype not in (torch.int32, torch.int64):
         raise unsupported(func, w, f"indexed with {ids.dtype}, only experts can be indexed, by integers")
-    return w.replace(expert_ids=ids if w.expert_ids is None else w.expert_ids[ids])
+    if w.expert_ids is not None:
+        return w.replace(expert_ids=w.expert_ids[ids])
+    # Indexing counts negative ids from the end; for the ops they belong to nobody.
+    return w.replace(expert_ids=torch.where(ids < 0, ids + w.qdata.shape[0], ids))
 
 
 @implements([aten.slice.Tensor])
@@ -114,6 +118,44 @@ def _split(func: Any, types: Any, args: Any, kwargs: Any) -> list[Tensor]:
     return [aten.slice.Tensor(w, dim, start, start + size) for start in range(0, w.shape[dim], size)]
 
 
+@implements([aten.split_with_sizes.default])
+def _split_with_sizes(func: Any, types: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    w, sizes, dim = fill_defaults(args, 3, [0])
+    ends = list(itertools.accumulate(sizes))
+    return [aten.slice.Tensor(w, dim, end - size, end) for end, size in zip(ends, sizes, strict=True)]
+
+
+@implements([aten.unbind.int])
+def _unbind(func: Any, types: Any, args: Any, kwargs: Any) -> list[Tensor]:
+    w, dim = fill_defaults(args, 2, [0])
+    return [aten.select.int(w, dim, i) for i in range(w.shape[dim])]
+
+
+@implements([aten.expand.default, aten.view.default, aten._unsafe_view.default, aten.reshape.default])
+def _same_shape(func: Any, types: Any, args: Any, kwargs: Any) -> NVFP4Weight:
+    """What matmul does to its operands before the product, where it changes nothing."""
+    w, shape = args[:2]
+    given = [size if size != -1 else w.shape[d - len(shape)] for d, size in enumerate(shape)]
+    if given != list(w.shape):
+        raise unsupported(func, w, f"shape {list(shape)} asked for, only its own is possible")
+    return _view(func, args, kwargs, w.replace())
+
+
+@implements([aten.copy_.default])
+def _copy(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    to, source = args[:2]
+    if not (isinstance(to, NVFP4Weight) and isinstance(source, NVFP4Weight)) or to.describe() != source.describe():
+        kinds = [repr(t) if isinstance(t, NVFP4Weight) else f"{t.dtype} {list(t.shape)}" for t in (to, source)]
+        raise ValueError(
+            f"copy_: cannot copy {kinds[1]} into {kinds[0]}; between packed and dense weights, or other activations, "
+            "use load_state_dict(..., assign=True) or replace the parameter"
+        )
+    names, _ = to.__tensor_flatten__()
+    for name in names:
+        getattr(to, name).copy_(getattr(source, name))
+    return to
+
+
 @implements([aten.linear.default, torch.nn.functional.linear])
 def _linear(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     x, w, bias = fill_defaults(args, 3, [kwargs.get("bias")])
@@ -123,24 +165,28 @@ def _linear(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     return y if bias is None else y + bias
 
 
-@implements([aten.mm.default, aten.matmul.default])
-def _mm(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+@implements([aten.mm.default, aten.matmul.default, aten.mv.default])
+def _matmul(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     x, w = args
-    if isinstance(w, NVFP4Weight) and w.dim() == 2 and w.transposed:
-        return nvfp4.linear(x, *_operands(w), *_activations(w))
-    if isinstance(x, NVFP4Weight) and x.dim() == 2 and not x.transposed and w.dim() == 2:
-        return nvfp4.linear(w.t(), *_operands(x), *_activations(x)).t()
-    if isinstance(w, NVFP4Weight) and w.dim() == 3:
-        return _bmm(aten.bmm.default, types, args, kwargs)
+    if isinstance(w, NVFP4Weight) and not isinstance(x, NVFP4Weight) and w.transposed:
+        if w.dim() == 2:
+            return nvfp4.linear(x, *_operands(w), *_activations(w))
+        if w.dim() == 3 and x.dim() in (2, 3):
+            return _bmm_right(x.expand(w.shape[0], *x.shape[-2:]), w)
+    if isinstance(x, NVFP4Weight) and not isinstance(w, NVFP4Weight) and not x.transposed:
+        if x.dim() == 2 and w.dim() == 1:
+            return nvfp4.linear(w, *_operands(x), *_activations(x))
+        if w.dim() >= 2:
+            return _matmul(func, types, (w.mT, x.mT), kwargs).mT
     return _dense(func, args, kwargs)
 
 
-@implements([aten.addmm.default])
+@implements([aten.addmm.default, aten.baddbmm.default])
 def _addmm(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     bias, x, w = args
     if kwargs or not isinstance(w, NVFP4Weight) or not w.transposed:
         return _dense(func, args, kwargs)
-    return nvfp4.linear(x, *_operands(w), *_activations(w)) + bias
+    return _matmul(aten.matmul.default, types, (x, w), {}) + bias
 
 
 @implements([aten.bmm.default])
@@ -166,8 +212,10 @@ def _bmm_right(x: Tensor, w: NVFP4Weight) -> Tensor:
 @implements([aten._grouped_mm.default])
 def _grouped_mm(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     x, w = args[:2]
-    offs = args[2] if len(args) > 2 else kwargs.get("offs")
-    if not isinstance(w, NVFP4Weight) or not w.transposed or w.expert_ids is not None or offs is None or x.dim() != 2:
+    given = [kwargs.get(name) for name in ("offs", "bias", "out_dtype")]
+    _, _, offs, bias, out_dtype = fill_defaults(args, 5, given)
+    served = isinstance(w, NVFP4Weight) and w.transposed and w.expert_ids is None and x.dim() == 2
+    if not served or offs is None or bias is not None or out_dtype is not None:
         return _dense(func, args, kwargs)
     return nvfp4.grouped(x, *_operands(w), offs, *_activations(w))
 

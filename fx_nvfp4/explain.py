@@ -16,6 +16,9 @@ from .tensor import NVFP4Weight
 def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     """Compile model anew for these inputs, run it once, and report its packed weights.
 
+    Resets Dynamo before and after, so that this neither meets nor uses up the recompilations of the code it looks
+    at: compiled models compile again at their next call, from Inductor's cache.
+
     Args:
         model: a module or function; need not be compiled.
         args, kwargs: what it is called with. Shapes decide what is compiled, so use typical ones.
@@ -29,8 +32,10 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     def backend(gm: torch.fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
         return nvfp4_emu(gm, example_inputs)
 
+    torch._dynamo.reset()
     with collect_reports() as report, compat.without_caches():
         torch.compile(model, backend=backend)(*args, **kwargs)
+    torch._dynamo.reset()
     if isinstance(model, torch.nn.Module):
         report.refused += _unused(model, report)
         report.notes += _hints(model, report)
@@ -38,8 +43,13 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
 
 
 def _unused(model: torch.nn.Module, report: Report) -> list[Refusal]:
-    used = {m.weight for m in report.matched}
-    packed = [name for name, p in model.named_parameters(remove_duplicate=False) if isinstance(p.data, NVFP4Weight)]
+    used = tuple(f".{m.weight}" for m in report.matched)
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if isinstance(parameter.data, NVFP4Weight):
+            names.setdefault(id(parameter), []).append(name)
+    # By the end of the name, as Dynamo's begins with whatever the forward calls its module.
+    unused = [tied[0] for tied in names.values() if not any(u.endswith(f".{n}") for u in used for n in tied)]
     return [
         Refusal(
             module_path(name),
@@ -47,8 +57,7 @@ def _unused(model: torch.nn.Module, report: Report) -> list[Refusal]:
             "no compiled graph uses this packed weight",
             "it ran outside the graphs (a graph break: see torch._dynamo.explain) or not at all for these inputs",
         )
-        for name in packed
-        if name not in used
+        for name in unused
     ]
 
 

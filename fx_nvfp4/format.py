@@ -36,8 +36,15 @@ def unpack(packed: Tensor) -> Tensor:
 
 def decode(packed: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """E2M1 values [..., K] of packed bytes [..., K/2], exact in every float dtype of 8 bits or more."""
-    table = torch.tensor(E2M1_VALUES, dtype=dtype, device=packed.device)
-    return table[unpack(packed).int()]
+    return decode_codes(unpack(packed)).to(dtype)
+
+
+def decode_codes(codes: Tensor) -> Tensor:
+    """float32 values of codes (uint8, 0 to 15), by integer arithmetic: no table has to reach the device."""
+    exponent, mantissa = (codes >> 1) & 3, codes & 1
+    quarters = torch.where(exponent > 0, (mantissa + 2) << exponent, mantissa << 1)
+    magnitude = quarters.float() * 0.25
+    return torch.where(codes > 7, -magnitude, magnitude)
 
 
 def code_times_scale(packed: Tensor, block_scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -110,8 +117,7 @@ def fake_quantize(x: Tensor, global_scale: Tensor | float, dialect: str = "hardw
     rule = get_dialect(dialect)
     codes, block_scale = _quantize_blocks(x, global_scale, dialect)
     s, g = scale_pair(global_scale, x.device)
-    table = torch.tensor(E2M1_VALUES, device=x.device)
-    return rule.value(table[codes.int()], block_scale.float(), _blockwise(s), _blockwise(g)).flatten(-2).to(x.dtype)
+    return rule.value(decode_codes(codes), block_scale.float(), _blockwise(s), _blockwise(g)).flatten(-2).to(x.dtype)
 
 
 def scale_pair(global_scale: Tensor | float, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -184,7 +190,7 @@ def _quantize_blocks(x: Tensor, global_scale: Tensor | float, dialect: str) -> t
             f"got {_describe(x)}"
         )
     s, g = (_blockwise(t) for t in scale_pair(global_scale, x.device))
-    blocks = x.unflatten(-1, (-1, BLOCK))
+    blocks = x.contiguous().unflatten(-1, (-1, BLOCK))
     block_scale = rule.block_scale(rule.amax(blocks), s, g)
     return encode_e2m1(rule.scaled(blocks, block_scale.float(), s, g)), block_scale
 

@@ -55,6 +55,14 @@ def check_operands(
     _check_activations(op, qdata, act_scale, activations)
 
 
+def _check_routing(op: str, name: str, routing: Tensor, x: Tensor, length: int) -> None:
+    if x.dim() != 2 or routing.dtype not in (torch.int32, torch.int64) or list(routing.shape) != [length]:
+        raise ValueError(
+            f"{op}: {name} must be int32 or int64 [{length}] for x [S, K] = {list(x.shape)}, "
+            f"got {routing.dtype} {list(routing.shape)}"
+        )
+
+
 def _check_activations(op: str, qdata: Tensor, act_scale: Tensor | None, activations: str) -> None:
     if activations not in ACTIVATION_MODES:
         raise ValueError(f"{op}: activations must be one of {ACTIVATION_MODES}, got {activations!r}")
@@ -102,6 +110,8 @@ def batched(
 ) -> Tensor:
     """x [E, M, K] times expert weights [E, N, K] transposed, expert by expert -> [E, M, N]."""
     check_operands("batched", x, qdata, block_scale, global_scale, act_scale, activations, 1)
+    if x.dim() != 3 or x.shape[0] != qdata.shape[0]:
+        raise ValueError(f"batched: x must be [{qdata.shape[0]}, M, K], one batch an expert, got {list(x.shape)}")
     return _bodies(x).batched(x, qdata, block_scale, global_scale, Activations(activations, act_scale, dialect))
 
 
@@ -118,6 +128,7 @@ def indexed(
 ) -> Tensor:
     """Row s of x [S, K] times the weight of expert ids[s] transposed -> [S, N]; ids outside 0..E-1 give zeros."""
     check_operands("indexed", x, qdata, block_scale, global_scale, act_scale, activations, 1)
+    _check_routing("indexed", "ids", ids, x, x.shape[0])
     return _bodies(x).indexed(x, qdata, block_scale, global_scale, ids, Activations(activations, act_scale, dialect))
 
 
@@ -134,6 +145,7 @@ def grouped(
 ) -> Tensor:
     """Rows of x [S, K] sorted by expert, expert e's ending at offs[e] -> [S, N]; rows past offs[-1] give zeros."""
     check_operands("grouped", x, qdata, block_scale, global_scale, act_scale, activations, 1)
+    _check_routing("grouped", "offs", offs, x, qdata.shape[0])
     return _bodies(x).grouped(x, qdata, block_scale, global_scale, offs, Activations(activations, act_scale, dialect))
 
 
@@ -144,6 +156,11 @@ def grouped(
 )
 def fake_quantize(x: Tensor, scale: Tensor, dialect: str = "hardware") -> Tensor:
     """Round activations [..., K] to NVFP4 and back, in x's dtype; scale: float64 multiplier, [] or one per row."""
+    if scale.dtype != torch.float64 or (scale.dim() and (x.dim() != 2 or scale.shape != x.shape[:1])):
+        raise ValueError(
+            f"fake_quantize: scale must be float64, [] or one per row of a 2-D x {list(x.shape)}, "
+            f"got {scale.dtype} {list(scale.shape)}"
+        )
     return _bodies(x).fake_quantize(x, scale, dialect)
 
 
@@ -176,7 +193,7 @@ def input_grad(
     if ids is not None:
         rows = reference.rows_by_ids(ids, qdata.shape[0])
     elif offs is not None:
-        rows = reference.rows_by_offsets(offs)
+        rows = reference.rows_by_offsets(offs, grad.shape[0])
     return reference.input_grad(grad, qdata, block_scale, global_scale, rows)
 
 

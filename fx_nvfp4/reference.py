@@ -52,7 +52,7 @@ class Activations:
 def matmul(x: Tensor, qdata: Tensor, block_scale: Tensor, global_scale: Tensor, act: Activations) -> Tensor:
     """x [M, K] times one packed weight [N, K] transposed -> [M, N] in x's dtype."""
     operand, multiplier = act.enter(x)
-    y = (operand @ code_times_scale(qdata, as_e4m3(block_scale)).T) * _merge(global_scale, multiplier)
+    y = _product(operand, code_times_scale(qdata, as_e4m3(block_scale)).T) * _merge(global_scale, multiplier)
     return y.to(x.dtype)
 
 
@@ -77,7 +77,7 @@ def indexed(
 def grouped(
     x: Tensor, qdata: Tensor, block_scale: Tensor, global_scale: Tensor, offs: Tensor, act: Activations
 ) -> Tensor:
-    return _routed(x, qdata, block_scale, global_scale, rows_by_offsets(offs), act)
+    return _routed(x, qdata, block_scale, global_scale, rows_by_offsets(offs, x.shape[0]), act)
 
 
 def fake_quantize(x: Tensor, scale: Tensor, dialect: str) -> Tensor:
@@ -110,10 +110,10 @@ def rows_by_ids(ids: Tensor, experts: int) -> Iterator[tuple[int, Tensor]]:
             yield e, (ids == e).nonzero().squeeze(1)
 
 
-def rows_by_offsets(offs: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """(expert, its rows) for each non-empty group; offs [E] holds the groups' ends."""
+def rows_by_offsets(offs: Tensor, rows: int) -> Iterator[tuple[int, Tensor]]:
+    """(expert, its rows) for each non-empty group; offs [E] holds the groups' ends, which rows bounds."""
     start = 0
-    for e, end in enumerate(offs.tolist()):
+    for e, end in enumerate(min(end, rows) for end in offs.tolist()):
         if end > start:
             yield e, torch.arange(start, end, device=offs.device)
         start = end
@@ -141,7 +141,14 @@ def as_e4m3(block_scale: Tensor) -> Tensor:
 
 
 def _grad(grad: Tensor, qdata: Tensor, block_scale: Tensor, global_scale: Tensor) -> Tensor:
-    return ((grad.float() * global_scale) @ code_times_scale(qdata, as_e4m3(block_scale))).to(grad.dtype)
+    scaled = grad.float() * global_scale
+    return _product(scaled, code_times_scale(qdata, as_e4m3(block_scale))).to(grad.dtype)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in fp32, also under autocast, which would round both to 16 bits."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b
 
 
 def _merge(global_scale: Tensor, multiplier: Tensor | None) -> Tensor:

@@ -28,15 +28,16 @@ def save_file(tensors: Mapping[str, Tensor], path: str | Path) -> None:
     """
     plain: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
+    seen: set[int] = set()
     for name, tensor in tensors.items():
         packed = tensor.data
         if not isinstance(packed, NVFP4Weight):
-            plain[name] = tensor.detach().contiguous()
+            plain[name] = _own(tensor.detach(), seen)
             continue
         if packed.expert_ids is not None:
             raise ValueError(f"save_file: {name} selects experts by id; save the weight it selects from")
         parts, attributes = packed.__tensor_flatten__()
-        plain.update({f"{name}.{part}": getattr(packed, part).contiguous() for part in parts})
+        plain.update({f"{name}.{part}": _own(getattr(packed, part), seen) for part in parts})
         attributes = {key: str(value) if key == "orig_dtype" else value for key, value in attributes.items()}
         metadata[name] = json.dumps({"type": _TYPE, **attributes})
     safetensors.torch.save_file(plain, path, metadata)
@@ -62,6 +63,16 @@ def load_file(path: str | Path, device: str = "cpu") -> dict[str, Tensor]:
             raise ValueError(f"load_file: {path}: packed weight {name} lacks {', '.join(missing)}")
         tensors[name] = NVFP4Weight(**parts, **attributes)  # type: ignore[arg-type]
     return tensors
+
+
+def _own(tensor: Tensor, seen: set[int]) -> Tensor:
+    """tensor with memory that no other entry shares, which safetensors refuses: tied weights are stored twice."""
+    tensor = tensor.contiguous()
+    storage = tensor.untyped_storage().data_ptr()
+    if storage in seen:
+        return tensor.clone()
+    seen.add(storage)
+    return tensor
 
 
 def _attributes(name: str, text: str) -> dict[str, object] | None:

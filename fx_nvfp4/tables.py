@@ -22,13 +22,19 @@ _SIZES = (8, 16, 32, 256, 512)
 
 
 def find_tables(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dict[int, Tensor]:
-    """Graph inputs that may be lookup tables -> values: small tensors that belong to the model, not its arguments."""
+    """Graph inputs that may be lookup tables of codes -> values.
+
+    Small buffers and constants of the model that hold a zero, as code 0 stands for one: no parameters, whose values
+    would otherwise decide which artifact fits, and no scales.
+    """
     sources = compat.input_sources(gm)
     return {
         i: value.detach()
         for i, value in enumerate(example_inputs)
-        if compat.is_real(value) and type(value) in (Tensor, torch.nn.Parameter, torch.nn.Buffer)
+        if compat.is_real(value) and type(value) in (Tensor, torch.nn.Buffer)
         if value.numel() in _SIZES and value.dim() in (1, 2) and not (i < len(sources) and sources[i][1])
+        if value.dtype.itemsize > 1 or value.dim() == 1  # rather codes or block scales
+        if bool((value == 0).any())
     }
 
 
@@ -47,7 +53,8 @@ class TableGuard:
     def __init__(self, gm: fx.GraphModule, tables: Mapping[int, Tensor]) -> None:
         self._written = _copy_of(gm)
         self._values = {i: t.clone() for i, t in tables.items()}
-        self._seen = {i: (t, _version(t)) for i, t in tables.items()}
+        # Tables found equal, held so that their addresses stay theirs: several models may share the graph.
+        self._verified = {i: {t.data_ptr(): (t, _version(t))} for i, t in tables.items()}
         self._warned = False
 
     def wrap(self, compiled: Callable[..., Any], used: set[int]) -> Callable[..., Any]:
@@ -69,12 +76,12 @@ class TableGuard:
         return guarded
 
     def _holds(self, index: int, table: Tensor) -> bool:
-        known, version = self._seen[index]
-        if table.data_ptr() == known.data_ptr() and version is not None and _version(table) == version:
+        _, version = self._verified[index].get(table.data_ptr(), (None, None))
+        if version is not None and _version(table) == version:
             return True
         if not torch.equal(table, self._values[index]):
             return False
-        self._seen[index] = table, _version(table)
+        self._verified[index][table.data_ptr()] = table, _version(table)
         return True
 
 

@@ -17,7 +17,7 @@ from spelled_models import STYLES, SpelledMoE
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import fx_nvfp4
-from fx_nvfp4 import NotEmulatedError, NVFP4Warning
+from fx_nvfp4 import NotEmulatedError, NVFP4Warning, backend
 from fx_nvfp4.backend import collect_reports, nvfp4_emu
 
 PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm, torch.ops.aten._grouped_mm}
@@ -174,10 +174,10 @@ def test_a_table_changed_after_compilation_is_not_ignored(device):
         torch.testing.assert_close(run(x), before)
 
 
-def run_process(code, cache, **env):
+def run_process(code, cache, imports="import torch, spelled_models\nfrom spelled_models import SpelledMoE\n", **env):
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), "PYTHONPATH": path, **env}
-    code = "import torch, spelled_models\nfrom spelled_models import SpelledMoE\n" + textwrap.dedent(code)
+    code = imports + textwrap.dedent(code)
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -210,11 +210,12 @@ def test_models_that_differ_only_in_their_table_share_no_artifact(tmp_path):
 
 def test_the_backend_is_found_by_name_without_importing_the_package(tmp_path):
     code = """
-        import json, sys
+        import json, sys, torch
+        before = "fx_nvfp4" in sys.modules
         y = torch.compile(torch.nn.Linear(4, 4), backend="nvfp4_emu")(torch.ones(1, 4))
-        print(json.dumps("fx_nvfp4.backend" in sys.modules))
+        print(json.dumps([before, "fx_nvfp4.backend" in sys.modules]))
     """
-    assert run_process(code.replace("spelled_models", "json"), tmp_path)
+    assert run_process(code, tmp_path, imports="") == [False, True]
 
 
 def test_the_report_lies_in_the_debug_folder(tmp_path):
@@ -228,6 +229,76 @@ def test_the_report_lies_in_the_debug_folder(tmp_path):
     """
     env = {"TORCH_COMPILE_DEBUG": "1", "TORCH_COMPILE_DEBUG_DIR": str(tmp_path)}
     assert run_process(code, tmp_path / "cache", **env) == [2]
+
+
+def test_collectors_nest():
+    with collect_reports() as outer:
+        with collect_reports():
+            pass
+        with torch.no_grad():
+            compiled(SpelledMoE("linear", torch.bfloat16))(spelled_models.tokens(3, torch.bfloat16))
+    assert len(outer.matched) == 2
+
+
+def test_norms_and_scales_are_no_tables():
+    # They would keep fine-tuned models from sharing artifacts, and cost a copy from the device.
+    class Normed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = torch.nn.RMSNorm(256)
+            self.register_buffer("scale", torch.rand(16) + 0.1)
+            self.register_buffer("codes", torch.randint(0, 255, (16, 16), dtype=torch.uint8))
+
+        def forward(self, x):
+            return self.norm(x) * self.scale.sum() + self.codes.sum()
+
+    found = []
+    plain = backend.find_tables
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "find_tables", lambda *a: found.append(plain(*a)) or found[-1])
+        compiled(Normed())(torch.randn(2, 256))
+    assert found == [{}]
+
+
+def test_explaining_many_times_leaves_compilation_working():
+    model, x = SpelledMoE("linear", torch.bfloat16), spelled_models.tokens(3, torch.bfloat16)
+    with torch.no_grad():
+        for _ in range(10):
+            assert len(fx_nvfp4.explain(model, x).matched) == 2
+        with collect_reports() as report:
+            compiled(model)(x)
+    assert len(report.matched) == 2
+
+
+def test_two_instances_share_a_graph_without_comparing_tables_at_each_call(monkeypatch):
+    models = [SpelledMoE("linear", torch.bfloat16) for _ in range(2)]
+    runs, x = [compiled(m) for m in models], spelled_models.tokens(3, torch.bfloat16)
+    compared = []
+    plain = torch.equal
+    with torch.no_grad():
+        for run in runs:
+            run(x)
+        monkeypatch.setattr(torch, "equal", lambda *a: compared.append(1) or plain(*a))
+        for run in runs * 3:
+            run(x)
+    assert not compared
+
+
+def test_a_restored_report_is_that_of_the_same_activations(tmp_path):
+    code = """
+        import json
+        from fx_nvfp4 import NVFP4Weight
+        from fx_nvfp4.backend import collect_reports
+        found, x = [], torch.randn(3, 48)
+        for activations in ("none", "dynamic", "none"):
+            torch._dynamo.reset()
+            weight = NVFP4Weight.from_dense(torch.randn(32, 48), activations=activations)
+            with torch.no_grad(), collect_reports() as report:
+                torch.compile(lambda x, w: x @ w.T, backend="nvfp4_emu")(x, weight)
+            found.append(report.matched[0].activations)
+        print(json.dumps(found))
+    """
+    assert run_process(code, tmp_path) == ["W4A16", "W4A4 dynamic, hardware rule", "W4A16"]
 
 
 def test_the_backend_function_takes_what_dynamo_passes():

@@ -232,6 +232,76 @@ def test_bad_operands_are_named(change, message):
         op.indexed(*args)
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x, w: op.batched(x.expand(2, 3, K), *w), r"batched: x must be \[5, M, K\].*got \[2, 3, 80\]"),
+        (
+            lambda x, w: op.indexed(x, *w, torch.tensor([0, 1])),
+            r"ids must be int32 or int64 \[3\].*got torch.int64 \[2\]",
+        ),
+        (
+            lambda x, w: op.grouped(x, *w, torch.tensor([1, 3])),
+            r"offs must be int32 or int64 \[5\].*got torch.int64 \[2\]",
+        ),
+        (lambda x, w: op.indexed(x, *w, torch.ones(3)), r"ids must be int32 or int64 \[3\].*torch.float32"),
+        (lambda x, w: op.fake_quantize(x, torch.ones(2, dtype=torch.float64)), r"one per row of a 2-D x \[3, 80\]"),
+        (lambda x, w: op.fake_quantize(x, torch.ones(())), r"scale must be float64"),
+    ],
+)
+def test_routing_that_does_not_fit_is_named(device, call, message):
+    # On a GPU a wrong length would read outside the tensors.
+    with pytest.raises(ValueError, match=message):
+        call(make_x(3, K, device="cpu"), make_weight("cpu"))
+
+
+def test_offsets_past_the_last_row_are_clamped(device):
+    weight, x = make_weight(device), make_x(4, K, device=device)
+    got = op.grouped(x, *weight, torch.tensor([2, 4, 9, 9, 9], device=device))
+    want = op.grouped(x, *weight, torch.tensor([2, 4, 4, 4, 4], device=device))
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dialect", ["hardware", "vllm"])
+def test_zero_blocks_stay_zero_under_a_tiny_dynamic_scale(device, dialect):
+    # The reciprocal of such a scale is infinite in fp32.
+    x = torch.zeros(2, K, device=device)
+    x[0, 0] = 5e-36
+    got = op.linear(x, *(t[0] for t in make_weight(device)), None, "dynamic", dialect)
+    assert not got.isnan().any()
+    assert not got[1].any()
+
+
+@pytest.mark.parametrize("dialect", ["hardware", "modelopt", "torchao", "compressed-tensors"])
+def test_fake_quantize_returns_contiguous_rows_of_a_transposed_input(device, dialect):
+    x = make_x(K, 6, device=device).t()
+    torch.library.opcheck(
+        op.fake_quantize.default, (x, torch.tensor(0.002, dtype=torch.float64, device=device), dialect)
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dialect", ["hardware", "modelopt", "torchao", "compressed-tensors", "vllm"])
+@pytest.mark.parametrize("activations", ["none", "static", "dynamic"])
+def test_routed_products_are_captured_in_a_cuda_graph(dialect, activations):
+    weight, x = make_weight("cuda"), make_x(9, K, device="cuda", dtype=torch.bfloat16)
+    ids = torch.tensor([0, 0, 1, 2, 2, 2, 4, 4, 4], device="cuda")
+    offs = torch.tensor([2, 3, 6, 6, 9], device="cuda")
+    scale = torch.rand(E, dtype=torch.float64, device="cuda") * 0.01 if activations == "static" else None
+
+    def run():
+        act = scale, activations, dialect
+        return op.grouped(x, *weight, offs, *act), op.indexed(x, *weight, ids, *act)
+
+    want = [y.clone() for y in run()]
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = run()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
 def test_activations_know_one_experts_scale():
     act = Activations("static", torch.tensor([1.0, 2.0], dtype=torch.float64), "hardware")
     assert act.of_expert(1).scale == 2.0

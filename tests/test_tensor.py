@@ -178,6 +178,61 @@ def test_a_product_that_contracts_rows_uses_the_dense_weight():
     torch.testing.assert_close(x @ weight, x @ weight.dequantize(), rtol=1e-5, atol=1e-5)
 
 
+def test_negative_expert_ids_count_from_the_end():
+    weight = make_weight(dtype=torch.float32)
+    ids, x = torch.tensor([0, -1, 3, -4]), torch.randn(4, K)
+    want = torch.einsum("snk,sk->sn", weight.dequantize()[ids], x)
+    torch.testing.assert_close(torch.bmm(weight[ids], x[..., None])[..., 0], want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize(
+    ("product", "shape"),
+    [
+        (lambda x, w: x @ w.mT, (3, K)),
+        (lambda x, w: x @ w.mT, (E, 3, K)),
+        (lambda x, w: w @ x, (E, K, 3)),
+        (lambda x, w: w[1] @ x, (K,)),
+        (lambda x, w: x @ w[2].T, (2, 3, K)),
+        (lambda x, w: torch.baddbmm(torch.ones(1, 1, N), x, w.mT), (E, 3, K)),
+        (lambda x, w: sum(x @ e.T for e in w), (3, K)),
+        (lambda x, w: x @ w[0].split([32, N - 32], dim=0)[1].T, (3, K)),
+    ],
+)
+def test_matmul_means_the_same_in_every_mode(context, product, shape):
+    weight, x = make_weight(dtype=torch.float32), torch.randn(shape)
+    with context():
+        got = product(x, weight)
+    torch.testing.assert_close(got, product(x, weight.dequantize()), rtol=1e-4, atol=1e-4)
+
+
+def test_autocast_does_not_round_the_operands():
+    weight, x = make_weight(dtype=torch.float32)[0], torch.randn(3, K)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.ops.fx_nvfp4.linear(x, weight.qdata, weight.block_scale, weight.global_scale)
+    torch.testing.assert_close(got, x @ weight.dequantize().T, rtol=1e-5, atol=1e-5)
+
+
+def test_loading_dense_into_packed_says_what_to_do():
+    module = nn.Module()
+    module.w = hold(make_weight())
+    with pytest.raises(RuntimeError, match=r"cannot copy torch.float32 \[4, 96, 64\] into NVFP4Weight.*assign=True"):
+        module.load_state_dict({"w": torch.randn(E, N, K)})
+
+
+def test_grouped_product_with_a_bias_is_not_silently_without():
+    offs = torch.tensor([1, 1, 3, 5], dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="Bias"):
+        torch._grouped_mm(torch.randn(5, K).bfloat16(), make_weight().mT, offs=offs, bias=torch.ones(E, N).bfloat16())
+
+
+def test_tied_and_shared_tensors_are_saved(tmp_path):
+    weight = make_weight((N, K))
+    fx_nvfp4.save_file({"a": weight, "b": weight}, tmp_path / "m.safetensors")
+    loaded = fx_nvfp4.load_file(tmp_path / "m.safetensors")
+    assert same(loaded["a"], loaded["b"])
+
+
 def test_arithmetic_on_a_packed_weight_is_refused_with_advice():
     with pytest.raises(NotImplementedError, match=r"aten\.mul.*\[4, 96, 64\].*dequantize\(\)"):
         make_weight() * 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -58,18 +59,38 @@ def _products_kept(patches: dict[str, Any]) -> Iterator[None]:
     """Matrix products out of Inductor's decomposition table for this compile.
 
     In place, because a table passed as an argument would become part of the cache key, and has none. Another thread
-    that compiles meanwhile keeps its one-row products too, which costs it an optimisation and no correctness.
+    that compiles something else meanwhile keeps its one-row products too, which costs it an optimisation at most.
     """
     from torch._inductor.decomposition import select_decomp_table
 
     with config.patch(patches):
         table = select_decomp_table()
     packets = [getattr(torch.ops.aten, name) for name in _PRODUCTS]
-    taken = {op: table.pop(op) for op in list(table) if getattr(op, "overloadpacket", op) in packets}
+    with _taken_lock:
+        _taken.users += 1
+        _taken.decompositions.update({op: table.pop(op) for op in list(table) if _packet(op) in packets})
     try:
         yield
     finally:
-        table.update(taken)
+        with _taken_lock:
+            _taken.users -= 1
+            if not _taken.users:
+                table.update(_taken.decompositions)
+
+
+def _packet(op: Any) -> Any:
+    return getattr(op, "overloadpacket", op)
+
+
+class _Taken:
+    """Decompositions that are out of the table, and how many compilations want them out."""
+
+    def __init__(self) -> None:
+        self.users = 0
+        self.decompositions: dict[Any, Any] = {}
+
+
+_taken, _taken_lock = _Taken(), threading.Lock()
 
 
 def mode_patches(mode: str | None) -> dict[str, Any]:
