@@ -20,14 +20,16 @@ from .dispatch import serve_transformers_fallback
 __all__ = ["CheckpointError", "load"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_ACTIVATIONS = ("checkpoint", "none")
 
 
 def load(
     path: str | Path,
-    device: torch.device | str | None = None,
+    device: torch.device | str | int | None = None,
     dtype: torch.dtype | None = None,
     *,
     dialect: str = "hardware",
+    activations: str = "checkpoint",
     progress: bool = True,
 ) -> Any:
     """Load an NVFP4 checkpoint; packed weights stay packed all the way (:class:`fx_nvfp4.NVFP4Weight`).
@@ -40,6 +42,8 @@ def load(
             default what config.json says. float32 makes the whole model compute in float32.
         dialect: the rule that rounds the activations of W4A4 models: "hardware", "producer" (the one that
             wrote the checkpoint), or a name in :data:`fx_nvfp4.dialects.DIALECTS`.
+        activations: "checkpoint" quantises the activations of W4A4 models as the checkpoint says; "none" loads
+            such a checkpoint's weights alone, and its input scales are not looked at.
         progress: show a progress bar.
 
     Returns:
@@ -47,27 +51,33 @@ def load(
 
     Raises:
         CheckpointError: the checkpoint is no NVFP4 checkpoint, or is incomplete or damaged. Everything but the
-            contents of block scales is checked before memory is allocated.
-        ValueError: an unknown dialect or dtype.
+            contents of block scales and plain weights is checked before memory is allocated.
+        ValueError: an unknown dialect, dtype or value of activations.
         ImportError: transformers is not installed.
     """
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"load: dtype must be float32, bfloat16 or float16, got {dtype}")
+    if activations not in _ACTIVATIONS:
+        raise ValueError(f"load: activations must be one of {_ACTIVATIONS}, got {activations!r}")
     if dialect != "producer":
         get_dialect(dialect)
     folder = checkpoint_folder(path)
     config = read_json(folder / "config.json")
     reader = Reader(folder)
     scheme = read_scheme(folder, config, reader.metadata)
+    if activations == "none":
+        scheme = scheme.without_activations()
     model = skeleton.build(config, dtype, folder / "config.json")
+    generation_config = skeleton.read_generation_config(model, folder)
     plan = make_plan(reader, scheme, model)
 
-    target = torch.device(device or "cpu")
+    target = torch.device("cpu" if device is None else device)
     rule = scheme.convention.dialect if dialect == "producer" else dialect
     weights = dict(Assembler(reader, target, model.config.dtype, rule, progress).tensors(plan))
     skeleton.initialize_buffers(model, target)
     _install(model, weights, plan)
-    skeleton.set_generation_config(model, folder)
+    if generation_config is not None:
+        model.generation_config = generation_config
     serve_transformers_fallback()
     return model
 

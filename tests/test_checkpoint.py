@@ -5,16 +5,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_files import CHECKPOINTS, SMALL, edited, read, sharded
+from checkpoint_files import (
+    CHECKPOINTS,
+    SMALL,
+    Allocations,
+    as_compressed_tensors,
+    edited,
+    never_calibrated,
+    read,
+    sharded,
+    torchao_with_input_scales,
+)
 from safetensors.torch import load_file
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fx_nvfp4 import NVFP4Weight
 from fx_nvfp4 import format as nvfp4
 from fx_nvfp4 import reference as bodies
 from fx_nvfp4.checkpoint import load
+from fx_nvfp4.checkpoints.scheme import read_scheme, without_quantization
 
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 
 MISMATCHED = [name for name in CHECKPOINTS if "mismatched" in name]
 # Here one input of layer 0's o_proj (sequence 1, token 7) lies at 5.000000 between two codes, and falls to the
@@ -124,23 +134,6 @@ def test_torchao_swizzle_is_undone():
         assert torch.equal(model.get_parameter(parameter).dequantize()[: len(expected)], expected)
 
 
-class Allocations(TorchDispatchMode):
-    """Bytes of the tensors that operations create (no views, no masks), and the largest floating-point one."""
-
-    def __init__(self):
-        super().__init__()
-        self.bytes, self.largest = 0, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        created = type(out) is torch.Tensor and not any(r.alias_info for r in func._schema.returns)
-        if created and out.device.type != "meta" and out.dtype != torch.bool:
-            self.bytes += out.numel() * out.itemsize
-            if out.is_floating_point() and out.itemsize > 1:
-                self.largest = max(self.largest, out.numel())
-        return out
-
-
 def test_no_dense_copy_is_made_on_the_way():
     with Allocations() as allocations:
         model = load(SMALL, progress=False)
@@ -185,27 +178,6 @@ def test_gate_up_and_experts_keep_their_own_scales(tmp_path):
     assert torch.equal(experts.down_proj.act_scale, expected[:, 0].double())
 
 
-def as_compressed_tensors(config, tensors):
-    """The same weights in llm-compressor's names and reciprocal scales."""
-    projections = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
-    group = config["quantization_config"]["config_groups"]["group_0"]
-    config["quantization_config"] = {
-        "quant_method": "compressed-tensors",
-        "format": "nvfp4-pack-quantized",
-        "config_groups": {"group_0": group},
-    }
-    for name in [n for n in tensors if n.endswith(("weight_scale_2", "input_scale"))]:
-        module, _, leaf = name.rpartition(".")
-        owner, _, last = module.rpartition(".")
-        module = f"{owner}.{projections.get(last, last)}"
-        if leaf == "weight_scale_2":
-            tensors[f"{module}.weight_global_scale"] = 1 / tensors.pop(name).view(1)
-            tensors[f"{module}.weight_packed"] = tensors.pop(f"{owner}.{last}.weight")
-            tensors[f"{module}.weight_scale"] = tensors.pop(f"{owner}.{last}.weight_scale")
-        else:
-            tensors[f"{module}.input_global_scale"] = 1 / tensors.pop(name).view(1)
-
-
 def test_compressed_tensors_conventions(tmp_path):
     """Stored divisors become multipliers: fp32 for weights, float64 for activations, whose fp32 reciprocal is the
     stored number bit for bit."""
@@ -231,6 +203,29 @@ def test_weights_only_checkpoint_leaves_activations_alone(tmp_path):
     model = load(edited(tmp_path, weights_only), dtype=torch.float32, progress=False)
     assert model.model.layers[0].self_attn.q_proj.weight.activations == "none"
     assert (logits(model, input_ids) - ref["logits_w4a16_f32"]).abs().max() < TIGHT
+
+
+def test_weights_of_a_w4a4_checkpoint_alone(tmp_path):
+    """Experts that saw no token in calibration have no usable input scale: the weights still can be used."""
+    input_ids, _, ref = target(SMALL.name)
+    model = load(edited(tmp_path, never_calibrated), dtype=torch.float32, activations="none", progress=False)
+    assert (logits(model, input_ids) - ref["logits_w4a16_f32"]).abs().max() < TIGHT
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_weights_alone_quantise_no_activations(name):
+    packed = [
+        p for p in load(CHECKPOINTS[name], activations="none", progress=False).parameters() if type(p) is NVFP4Weight
+    ]
+    assert packed
+    assert {(p.activations, p.act_scale) for p in packed} == {("none", None)}
+
+
+@pytest.mark.skipif("torchao_qwen3moe" not in CHECKPOINTS, reason="needs the fixture checkpoints")
+def test_weights_alone_of_a_torchao_checkpoint_without_usable_input_scales(tmp_path):
+    torchao_with_input_scales(tmp_path, [torch.nan, None])
+    packed = [p for p in load(tmp_path, activations="none", progress=False).parameters() if type(p) is NVFP4Weight]
+    assert {p.activations for p in packed} == {"none"}
 
 
 def test_layers_that_are_not_quantised_are_stacked_dense(tmp_path):
@@ -268,6 +263,60 @@ def test_older_modelopt_exports_state_the_scheme_in_a_file_of_their_own(tmp_path
     assert load(tmp_path, progress=False).lm_head.weight.dtype == torch.bfloat16
 
 
+FP8_CONFIGS = [
+    {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    {"quant_method": "modelopt", "quant_algo": "FP8"},
+]
+
+
+@pytest.mark.parametrize("stale", FP8_CONFIGS)
+def test_modelopts_own_file_overrules_the_config_of_the_fp8_original(stale, tmp_path):
+    edited(tmp_path, lambda config, tensors: config.update(quantization_config=stale))
+    (tmp_path / "hf_quant_config.json").write_bytes((SMALL / "hf_quant_config.json").read_bytes())
+    assert load(tmp_path, progress=False).model.layers[0].self_attn.q_proj.weight.activations == "static"
+
+
+def test_modelopt_entries_may_be_nested_in_quantization(tmp_path):
+    def nest(config, tensors):
+        nested = {"quant_algo": "NVFP4", "group_size": 16}
+        config["quantization_config"] = {"quant_method": "modelopt", "quantization": nested}
+
+    model = load(edited(tmp_path, nest), progress=False)
+    assert model.model.layers[0].self_attn.q_proj.weight.activations == "static"
+
+
+def test_quantization_config_of_a_nested_config():
+    quantization = read(SMALL)[0]["quantization_config"]
+    config = {"vision_config": {"hidden_size": 8}, "text_config": {"quantization_config": quantization}}
+    assert read_scheme(SMALL, config, {}).activations == "static"
+    assert without_quantization(config) == {"vision_config": {"hidden_size": 8}, "text_config": {}}
+
+
+@pytest.mark.skipif("modelopt_llama4_w4a4_3d" not in CHECKPOINTS, reason="needs the fixture checkpoints")
+def test_model_is_built_without_a_nested_quantization_config(tmp_path):
+    def nest(config, tensors):
+        config["text_config"]["quantization_config"] = config.pop("quantization_config")
+
+    model = load(edited(tmp_path, nest, CHECKPOINTS["modelopt_llama4_w4a4_3d"]), progress=False)
+    assert not hasattr(model.config.text_config, "quantization_config")
+    assert any(isinstance(p, NVFP4Weight) for p in model.parameters())
+
+
+def test_device_zero_is_not_the_cpu():
+    """A falsy device must not be taken for none; where there is no accelerator, torch says so."""
+    if torch.accelerator.is_available():
+        assert load(SMALL, device=0, progress=False).lm_head.weight.device.index == 0
+    else:
+        with pytest.raises((RuntimeError, AssertionError)):
+            load(SMALL, device=0, progress=False)
+
+
+def test_generation_config_is_taken_over(tmp_path):
+    edited(tmp_path, lambda config, tensors: None)
+    (tmp_path / "generation_config.json").write_text('{"max_new_tokens": 7}')
+    assert load(tmp_path, progress=False).generation_config.max_new_tokens == 7
+
+
 def test_experts_run_as_one_graph_whatever_the_config_says(tmp_path, caplog):
     """transformers' eager loop over the experts hit cannot be traced."""
     edited(tmp_path, lambda config, tensors: config.update(experts_implementation="eager"))
@@ -275,6 +324,20 @@ def test_experts_run_as_one_graph_whatever_the_config_says(tmp_path, caplog):
         model = load(tmp_path, progress=False)
     assert set(model.get_experts_implementation().values()) == {"grouped_mm"}
     assert "grouped_mm" in caplog.text
+
+
+def test_layers_past_the_last_are_skipped_with_one_warning(tmp_path, caplog):
+    """Layers for multi-token prediction, of a class that does not say that it ignores them."""
+
+    def add_layer(config, tensors):
+        for name in [n for n in tensors if "layers.1." in n]:
+            tensors[name.replace("layers.1.", "layers.2.")] = tensors[name]
+        tensors["model.layers.2.eh_proj.weight"] = torch.ones(64, 128).bfloat16()
+
+    load(edited(tmp_path, add_layer), progress=False)
+    (record,) = [r for r in caplog.records if r.levelno == logging.WARNING]
+    assert "model.layers.2.block_sparse_moe" in record.getMessage()
+    assert "past the 2" in record.getMessage()
 
 
 def test_kv_cache_scales_are_announced_once(tmp_path, caplog):
@@ -286,6 +349,30 @@ def test_kv_cache_scales_are_announced_once(tmp_path, caplog):
     load(edited(tmp_path, add), progress=False)
     (record,) = [r for r in caplog.records if r.levelno == logging.WARNING]
     assert "KV cache is not emulated" in record.getMessage()
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_patterns_of_extra_layers_do_not_take_real_ones(name, monkeypatch):
+    """A class lists the extra layers of all its checkpoints (Glm4Moe: 46 and 92); the larger has a real layer 46."""
+    model_class = getattr(transformers, read(CHECKPOINTS[name])[0]["architectures"][0])
+    expected = load(CHECKPOINTS[name], progress=False).state_dict()
+    monkeypatch.setattr(model_class, "_keys_to_ignore_on_load_unexpected", [r"layers\.1"])
+    found = load(CHECKPOINTS[name], progress=False).state_dict()
+    assert found.keys() == expected.keys()
+    assert any("layers.1." in key and isinstance(value, NVFP4Weight) for key, value in found.items())
+
+
+def test_extra_layers_that_the_class_names_are_ignored(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(transformers.MixtralForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"layers\.1"])
+
+    def add_layer(config, tensors):
+        for name in [n for n in tensors if "layers.1." in n]:
+            tensors[name.replace("layers.1.", "layers.10.")] = tensors[name]
+        tensors["model.layers.10.eh_proj.weight"] = torch.ones(64, 128).bfloat16()
+
+    model = load(edited(tmp_path, add_layer), progress=False)
+    assert isinstance(model.model.layers[1].mlp.experts.down_proj, NVFP4Weight)
+    assert not [r for r in caplog.records if r.levelno == logging.WARNING]
 
 
 def test_progress_bar_can_be_turned_off(capsys):

@@ -12,7 +12,35 @@ from unittest import mock
 
 import pytest
 import torch
-from checkpoint_files import CHECKPOINTS, SMALL, edited, read, sharded, write
+from checkpoint_files import (
+    CHECKPOINTS,
+    EMBEDDING,
+    EXPERT,
+    FP8,
+    INT4,
+    MXFP4,
+    NVFP4,
+    SMALL,
+    Q,
+    change,
+    compressed,
+    drop,
+    edited,
+    expert_5,
+    fp8_layer,
+    group,
+    mixed_experts,
+    no_expert_2,
+    packed_embedding,
+    poke,
+    put,
+    quark,
+    read,
+    scheme,
+    sharded,
+    torchao_with_input_scales,
+    write,
+)
 from safetensors.torch import load_file, save_file
 
 from fx_nvfp4 import checkpoint
@@ -20,9 +48,7 @@ from fx_nvfp4.checkpoint import CheckpointError, load
 
 pytest.importorskip("transformers")
 
-Q = "model.layers.0.self_attn.q_proj"
-EXPERT = "model.layers.1.block_sparse_moe.experts.2"
-EMBEDDING = "model.embed_tokens.weight"
+WEIGHT_ONLY = 'load(..., activations="none")'
 
 
 def refuse(folder: Path, *fragments: str, reading: bool = False) -> None:
@@ -36,56 +62,10 @@ def refuse(folder: Path, *fragments: str, reading: bool = False) -> None:
         assert fragment in message, f"{fragment!r} is not in: {message}"
 
 
-def drop(*names):
-    return lambda config, tensors: [tensors.pop(name) for name in names]
-
-
-def put(name, value):
-    return lambda config, tensors: tensors.update({name: value})
-
-
-def change(name, function):
-    return lambda config, tensors: tensors.update({name: function(tensors[name])})
-
-
-def rename(old, new):
-    return lambda config, tensors: tensors.update({new: tensors.pop(old)})
-
-
-def poke(name, byte):
-    """One block scale replaced by a byte."""
-
-    def edit(config, tensors):
-        tensors[name].view(torch.uint8)[3, 1] = byte
-
-    return edit
-
-
-def expert_5(config, tensors):
-    for name in [n for n in tensors if n.startswith(EXPERT)]:
-        tensors[name.replace("experts.2", "experts.5")] = tensors[name]
-
-
-def no_expert_2(config, tensors):
-    for name in [n for n in tensors if n.startswith(f"{EXPERT}.w3")]:
-        del tensors[name]
-
-
-def packed_embedding(config, tensors):
-    for leaf in ("weight", "weight_scale", "weight_scale_2", "input_scale"):
-        tensors[f"model.embed_tokens.{leaf}"] = tensors[f"{Q}.{leaf}"]
-
-
-def mixed_experts(config, tensors):
-    for leaf in ("weight_scale", "weight_scale_2", "input_scale"):
-        del tensors[f"{EXPERT}.w2.{leaf}"]
-    tensors[f"{EXPERT}.w2.weight"] = torch.ones(64, 48).bfloat16()
-
-
 TENSORS = {
     "block scale missing": (drop(f"{Q}.weight_scale"), f"{Q}.weight_scale", "no such tensor", "F8_E4M3"),
     "weight scale missing": (drop(f"{Q}.weight_scale_2"), f"{Q}.weight_scale_2", "no such tensor", "F32"),
-    "input scale missing": (drop(f"{EXPERT}.w1.input_scale"), f"{EXPERT}.w1.input_scale", "no such", "W4A16"),
+    "input scale missing": (drop(f"{EXPERT}.w1.input_scale"), f"{EXPERT}.w1.input_scale", "no such", WEIGHT_ONLY),
     "codes missing": (drop(f"{Q}.weight"), f"{Q}.weight:", "no such tensor", "U8"),
     "norm missing": (drop("model.norm.weight"), "model.norm.weight", "no tensor for it", "parameter [64]"),
     "projection of an expert missing": (no_expert_2, f"{EXPERT}.w3.weight", "no such tensor", "expert 2 of 4"),
@@ -127,8 +107,9 @@ TENSORS = {
         change("lm_head.weight", lambda t: t.to(torch.float8_e4m3fn)),
         "lm_head.weight",
         "F8_E4M3",
-        "bfloat16",
+        "mixed FP8/NVFP4 checkpoints are not served",
     ),
+    "fp8 layer with a scale": (fp8_layer, f"{Q}.weight", "F8_E4M3", "mixed FP8/NVFP4 checkpoints are not served"),
     "norm of another model": (put("model.norm.weight", torch.ones(65)), "model.norm.weight", "[65]", "[64]"),
     "zero weight scale": (put(f"{Q}.weight_scale_2", torch.zeros(())), f"{Q}.weight_scale_2", "0.0", "positive"),
     "negative weight scale": (put(f"{Q}.weight_scale_2", torch.tensor(-2.0)), f"{Q}.weight_scale_2", "-2.0"),
@@ -141,6 +122,7 @@ TENSORS = {
         "0.25",
         f"{EXPERT}.w1.input_scale",
         "calibrate",
+        WEIGHT_ONLY,
     ),
     "packed embedding": (packed_embedding, EMBEDDING, "Embedding", "linear layers and experts"),
     "experts packed in part": (mixed_experts, f"{EXPERT}.w2.weight", "not packed", "quantise all experts"),
@@ -158,55 +140,33 @@ def test_bad_tensor(case, tmp_path):
     refuse(edited(tmp_path, edit), *fragments)
 
 
+def never_calibrated(config, tensors):
+    """What ModelOpt exports of experts that saw no token."""
+    names = [n for n in sorted(tensors) if ".experts." in n and n.endswith("input_scale")]
+    for name, value in zip(names[:6], (0.0, -1.0, torch.nan, torch.inf, 0.0, torch.nan), strict=True):
+        tensors[name] = torch.tensor(value)
+    del tensors[f"{EXPERT}.w1.input_scale"]
+
+
+def test_all_unusable_input_scales_come_in_one_error(tmp_path):
+    first = "model.layers.0.block_sparse_moe.experts.0"
+    named = (f"{first}.w1.input_scale (a multiplier of 0.0)", f"{first}.w2.input_scale (a multiplier of -1.0)")
+    refuse(edited(tmp_path, never_calibrated), "found 7 unusable", *named, "nan", "inf", ", ...", WEIGHT_ONLY)
+
+
 @pytest.mark.parametrize(("byte", "found"), [(0x7F, "nan"), (0xFF, "nan"), (0xB8, "-1.0")])
 @pytest.mark.parametrize("name", [f"{Q}.weight_scale", f"{EXPERT}.w3.weight_scale"])
 def test_bad_block_scale(name, byte, found, tmp_path):
     refuse(edited(tmp_path, poke(name, byte)), name, f"{found} at [3, 1] (1 such)", "not negative", reading=True)
 
 
-def scheme(**changes):
-    """quantization_config with entries replaced; None removes one."""
-
-    def edit(config, tensors):
-        quantization = config["quantization_config"]
-        for key, value in changes.items():
-            quantization[key] = value
-            if value is None:
-                del quantization[key]
-
-    return edit
-
-
-def group(**changes):
-    return lambda config, tensors: config["quantization_config"]["config_groups"]["group_0"].update(changes)
-
-
-INT4 = {"num_bits": 4, "type": "int", "group_size": 128}
-FP8 = {"num_bits": 8, "type": "float", "group_size": None}
-MXFP4 = {"num_bits": 4, "type": "float", "group_size": 32}
-NVFP4 = {"num_bits": 4, "type": "float", "group_size": 16, "dynamic": "local"}
-
-
-def compressed(**changes):
-    """A compressed-tensors config, with entries replaced."""
-
-    def edit(config, tensors):
-        groups = {"group_0": {"weights": NVFP4, "input_activations": NVFP4}}
-        config["quantization_config"] = {
-            "quant_method": "compressed-tensors",
-            "format": "nvfp4-pack-quantized",
-            "config_groups": groups,
-            **changes,
-        }
-
-    return edit
-
-
-def quark(weight):
-    def edit(config, tensors):
-        config["quantization_config"] = {"quant_method": "quark", "global_quant_config": {"weight": weight}}
-
-    return edit
+def test_value_too_large_for_float16(tmp_path):
+    """It would become inf, and every logit NaN."""
+    weight = torch.full((64,), 2.0)
+    weight[3] = -70000.0
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight: found -70000\.0 \(1 such\).*65504.*bfloat16"):
+        load(edited(tmp_path, put("model.norm.weight", weight)), dtype=torch.float16, progress=False)
+    assert load(tmp_path, dtype=torch.float32, progress=False).model.norm.weight[3] == -70000.0
 
 
 TWO_SCHEMES = {
@@ -225,7 +185,7 @@ CONFIGS = {
     "modelopt mixture": (scheme(quant_algo="MIXED_PRECISION"), "quant_algo", "'MIXED_PRECISION'", "NVFP4"),
     "modelopt int4 group": (group(weights=INT4), "config_groups.group_0.weights", "4-bit int, groups of 128", "16"),
     "modelopt w4a8": (group(input_activations=FP8), "group_0.input_activations", "8-bit float", "NVFP4"),
-    "modelopt w4a16 with input scales": (group(input_activations=None), "input_scale", "an input scale", "W4A16"),
+    "modelopt w4a16 with input scales": (group(input_activations=None), "input_scale", "an input scale", WEIGHT_ONLY),
     "ct fp8": (compressed(format="float-quantized"), "group_0.format", "'float-quantized'", "nvfp4-pack-quantized"),
     "ct mxfp4": (
         compressed(config_groups={"group_0": {"weights": MXFP4}}), "group_0.weights", "groups of 32", "groups of 16"),
@@ -238,6 +198,20 @@ CONFIGS = {
         "group_size 32", "group_size 16"),
     "torchao without metadata": (scheme(quant_method="torchao"), "torchao without NVFP4Tensor", "metadata"),
     "unknown model": (lambda config, tensors: config.update(model_type="nonesuch"), "'nonesuch'", "transformers"),
+    "class that is no model": (
+        lambda config, tensors: config.update(architectures=["MixtralConfig"]), "MixtralConfig", "a model class"),
+    "architectures is a number": (lambda config, tensors: config.update(architectures=7), "architectures", "7"),
+    "model type is a list": (lambda config, tensors: config.update(model_type=["mixtral"]), "['mixtral']"),
+    "modelopt groups in a list": (scheme(config_groups=[{}]), "config_groups", "a JSON list"),
+    "modelopt null group": (scheme(config_groups={"group_0": None}), "config_groups.group_0.weights", "None"),
+    "ct groups in a list": (compressed(config_groups=[{}]), "config_groups", "a JSON list"),
+    "ct group in a list": (compressed(config_groups={"group_0": [1]}), "config_groups.group_0", "a JSON list"),
+    "ct null group": (compressed(config_groups={"group_0": None}), "config_groups.group_0.weights", "None"),
+    "quark text": (quark("fp4"), "global_quant_config.weight", "a JSON str"),
+    "nested fp8": (
+        lambda config, tensors: config.update(
+            quantization_config=None, text_config={"quantization_config": {"quant_method": "fp8"}}),
+        "text_config.quantization_config.quant_method", "'fp8'"),
     "unknown class": (lambda config, tensors: config.update(architectures=["Nonesuch"]), "Nonesuch", "transformers"),
 }  # fmt: skip
 
@@ -246,6 +220,19 @@ CONFIGS = {
 def test_bad_config(case, tmp_path):
     edit, *fragments = CONFIGS[case]
     refuse(edited(tmp_path, edit), *fragments)
+
+
+@pytest.mark.parametrize("text", ["{not json", "[1]", '{"max_new_tokens": -1}', '{"cache_implementation": "nonesuch"}'])
+def test_bad_generation_config(text, tmp_path):
+    edited(tmp_path, lambda config, tensors: None)
+    (tmp_path / "generation_config.json").write_text(text)
+    refuse(tmp_path, "generation_config.json")
+
+
+def test_no_advice_names_what_does_not_exist(tmp_path):
+    with pytest.raises(CheckpointError) as caught:
+        load(edited(tmp_path, CONFIGS["not quantised"][0]))
+    assert "quantize_" not in str(caught.value)
 
 
 def test_no_folder_and_no_download(tmp_path):
@@ -295,6 +282,12 @@ def test_missing_shard(tmp_path):
 def test_shard_outside_the_folder(tmp_path):
     reindex(sharded(tmp_path), lambda weight_map: weight_map.update({EMBEDDING: f"../{SHARD}"}))
     refuse(tmp_path, SHARD, "no such file")
+
+
+@pytest.mark.parametrize("shard", [None, 3, ["a", "b"], {}])
+def test_index_names_no_shard(shard, tmp_path):
+    reindex(sharded(tmp_path), lambda weight_map: weight_map.update({EMBEDDING: shard}))
+    refuse(tmp_path, "model.safetensors.index.json", EMBEDDING, repr(shard))
 
 
 def test_tensor_of_the_index_is_not_in_its_shard(tmp_path):
@@ -352,7 +345,7 @@ def test_bad_torchao_metadata(case, tmp_path):
     [
         ("gate_up_proj_weight_scale_2", torch.ones(3), ("F32 [3]", "1 or 4 element(s)")),
         ("gate_up_proj", torch.zeros(4, 128, 64, dtype=torch.uint8), ("U8 [4, 128, 64]", "[4, 64, 128]")),
-        ("down_proj_input_scale", None, ("no such tensor", "F32")),
+        ("down_proj_input_scale", None, ("no such tensor", WEIGHT_ONLY)),
         ("down_proj", None, ("no such tensor", "U8")),
     ],
 )
@@ -362,12 +355,20 @@ def test_bad_fused_experts(leaf, value, fragments, tmp_path):
     refuse(edited(tmp_path, edit, CHECKPOINTS["modelopt_llama4_w4a4_3d"]), name, *fragments)
 
 
+@pytest.mark.skipif("torchao_qwen3moe" not in CHECKPOINTS, reason="needs the fixture checkpoints")
+def test_unusable_torchao_input_scales(tmp_path):
+    torchao_with_input_scales(tmp_path, [0.0, torch.inf, None])
+    refuse(tmp_path, "found 3 unusable", "(no such tensor)", "_act_per_tensor_scale (a multiplier of inf)", WEIGHT_ONLY)
+
+
 def test_checkpoint_error_is_a_value_error():
     assert issubclass(CheckpointError, ValueError)
 
 
-def test_unknown_dialect_and_dtype():
+def test_unknown_dialect_dtype_and_activations():
     with pytest.raises(ValueError, match="unknown NVFP4 dialect 'nonesuch'"):
         load(SMALL, dialect="nonesuch")
     with pytest.raises(ValueError, match=r"dtype must be .* got torch.float64"):
         load(SMALL, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"activations must be .* got 'static'"):
+        load(SMALL, activations="static")

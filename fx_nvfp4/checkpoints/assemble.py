@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from ..tensor import NVFP4Weight
 from .checks import PackedPiece
+from .errors import mismatch
 from .formats import check_block_scales
 from .plan import DensePlan, PackedPlan, Plan
 from .reader import Reader, StoredTensor
@@ -35,7 +36,7 @@ class Assembler:
         """(name, tensor) of every parameter and buffer in the plan.
 
         Raises:
-            CheckpointError: a file cannot be read, or block scales are NaN or negative.
+            CheckpointError: a file cannot be read, block scales are NaN or negative, or a value is too large for dtype.
         """
         with tqdm(
             total=_stored_tensors(plan), desc="NVFP4 checkpoint", unit="tensor", disable=not self._progress
@@ -97,7 +98,9 @@ class Assembler:
             part = whole
             if place.expert is not None:
                 part = canonical[place.expert, place.rows(plan.layout.interleaved, canonical.shape[1])]
-            part.copy_(self._read(tensor))
+            stored = self._read(tensor)
+            _check_range(stored, plan.dtype, tensor)
+            part.copy_(stored)
         return whole
 
 
@@ -107,6 +110,24 @@ def _part(whole: Tensor, piece: PackedPiece, plan: PackedPlan) -> Tensor:
     if place.expert is None:
         return whole
     return whole[place.expert, place.rows(plan.layout.interleaved, plan.shape[1])]
+
+
+def _check_range(stored: Tensor, dtype: torch.dtype, tensor: StoredTensor) -> None:
+    """Raise if a finite value becomes infinite in dtype."""
+    if not stored.is_floating_point() or not stored.numel() or not dtype.is_floating_point:
+        return
+    limit = torch.finfo(dtype).max
+    if torch.finfo(stored.dtype).max <= limit:
+        return
+    # Two reductions, which need no memory, before any mask of the whole tensor; NaN hides the extremes.
+    low, high = torch.aminmax(stored)
+    if -limit <= low and high <= limit:
+        return
+    lost = stored.isfinite() & stored.to(dtype).isinf()
+    if lost.any():
+        found = f"{stored[lost][0].item()} ({int(lost.sum())} such)"
+        fix = "load(..., dtype=torch.bfloat16), or torch.float32"
+        raise mismatch(tensor.name, found, f"values up to {limit:g}, the largest {dtype}", fix)
 
 
 def _act_scale(plan: PackedPlan) -> Tensor | None:

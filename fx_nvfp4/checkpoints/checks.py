@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..format import BLOCK
 from .errors import CheckpointError, mismatch
-from .formats import TORCHAO, input_multiplier, weight_multiplier
+from .formats import TORCHAO, weight_multiplier
+from .input_scales import WEIGHT_ONLY, InputScales
 from .names import Place
 from .reader import Reader, StoredTensor
 from .skeleton import Layout
@@ -75,24 +76,34 @@ def check_activations(parameter: str, pieces: Iterable[PackedPiece]) -> None:
                 piece.source["input_scale"].name,
                 f"a multiplier of {piece.act_scale.tolist()}",
                 f"{other.act_scale.tolist()} as {other.source['input_scale'].name}, both scale one input",
-                "calibrate gate and up projections together",
+                f"calibrate gate and up projections together, or {WEIGHT_ONLY}",
             )
 
 
-def check_torchao(weight: TorchaoWeight, shape: tuple[int, ...], layout: Layout, reader: Reader) -> None:
-    """Raise unless a torchao weight fits a parameter of the model's shape and its scales are usable."""
+def check_torchao(
+    weight: TorchaoWeight, shape: tuple[int, ...], layout: Layout, reader: Reader, input_scales: InputScales
+) -> None:
+    """Raise unless a torchao weight fits a parameter of the model's shape and its weight scales are usable.
+
+    Its input scale is left to input_scales.check().
+    """
     codes = weight.parts["qdata"]
     if layout.transposed and len(shape) == 3:
         raise mismatch(
             codes.name,
             "torchao codes of experts that multiply x @ weight",
             "experts stored [E, out, in]",
-            "torchao packs along the last dim, which is not the contracted one here: quantise with fx_nvfp4",
+            "torchao packs along the last dim, which is not the contracted one here: quantise with another producer",
         )
     expected = (*shape[:-1], shape[-1] // 2)
     if codes.shape != expected:
         raise mismatch(codes.name, codes, f"{list(expected)} for {weight.name}", _OTHER_CONFIG)
     _check_torchao_scales(weight, shape, reader)
+    act_scale = weight.parts.get("act_per_tensor_scale")
+    if act_scale is not None:
+        if act_scale.numel != 1:
+            raise mismatch(act_scale.name, act_scale, "one scale", _OTHER_CONFIG)
+        input_scales.multiplier(act_scale)
 
 
 def _check_torchao_scales(weight: TorchaoWeight, shape: tuple[int, ...], reader: Reader) -> None:
@@ -103,13 +114,11 @@ def _check_torchao_scales(weight: TorchaoWeight, shape: tuple[int, ...], reader:
         layout = "128 x 4 tiles" if weight.swizzled else "rows"
         raise mismatch(stored.name, stored, f"{expected} scales in {layout} for {weight.name}", _OTHER_CONFIG)
     allowed = {1, shape[0]} if len(shape) == 3 else {1}
-    for part, multiplier in (("per_tensor_scale", weight_multiplier), ("act_per_tensor_scale", input_multiplier)):
-        tensor = weight.parts.get(part)
-        if tensor is None:
-            continue
-        if tensor.numel not in (allowed if part == "per_tensor_scale" else {1}):
-            raise mismatch(tensor.name, tensor, "one scale, or one per expert of a weight", _OTHER_CONFIG)
-        multiplier(reader, tensor, TORCHAO)
+    tensor = weight.parts.get("per_tensor_scale")
+    if tensor is not None:
+        if tensor.numel not in allowed:
+            raise mismatch(tensor.name, tensor, "one scale, or one per expert", _OTHER_CONFIG)
+        weight_multiplier(reader, tensor, TORCHAO)
 
 
 def check_dense(tensor: StoredTensor, place: Place, parameter: Tensor, layout: Layout) -> None:

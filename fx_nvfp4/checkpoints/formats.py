@@ -61,18 +61,14 @@ CONVENTIONS = {c.method: c for c in (MODELOPT, COMPRESSED_TENSORS, QUARK, TORCHA
 
 def weight_multiplier(reader: Reader, tensor: StoredTensor, convention: Convention) -> Tensor:
     """Global scale(s) of a weight: float32, flat."""
-    scale = _read_scale(reader, tensor)
+    scale = _checked(reader.read(tensor).double().reshape(-1), tensor)
     return _checked((1.0 / scale if convention.reciprocal else scale).float(), tensor)
 
 
-def input_multiplier(reader: Reader, tensor: StoredTensor, convention: Convention) -> Tensor:
-    """Global scale(s) of the activations: float64, flat."""
-    scale = _read_scale(reader, tensor)
+def read_input_multiplier(reader: Reader, tensor: StoredTensor, convention: Convention) -> Tensor:
+    """Global scale(s) of the activations: float64, flat, not checked; a divisor of 0 or inf comes out as inf or 0."""
+    scale = reader.read(tensor).double().reshape(-1)
     return 1.0 / scale if convention.reciprocal else scale
-
-
-def _read_scale(reader: Reader, tensor: StoredTensor) -> Tensor:
-    return _checked(reader.read(tensor).double().reshape(-1), tensor)
 
 
 def _checked(scale: Tensor, tensor: StoredTensor) -> Tensor:

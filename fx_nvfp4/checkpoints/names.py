@@ -9,6 +9,7 @@ from dataclasses import dataclass
 _EXPERT = re.compile(
     r"(?P<experts>.+\.experts)\.(?P<index>\d+)\.(?P<projection>w[123]|(?:gate|up|down)_proj)\.(?P<leaf>weight|bias)"
 )
+_LAYER = re.compile(r"\blayers\.(\d+)\.")
 _ROLES = {"w1": "gate", "w3": "up", "w2": "down", "gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
 # Scales of an FP8 KV cache, as ModelOpt and compressed-tensors name them.
 _KV_SCALE = re.compile(r".+\.(k|v)_scale|.+\.(k|v)_proj\.output_scale")
@@ -69,6 +70,12 @@ class Names:
 def is_kv_scale(name: str) -> bool:
     """Whether a tensor is a scale of a quantised KV cache."""
     return _KV_SCALE.fullmatch(name) is not None
+
+
+def layer_index(name: str) -> int:
+    """The number of the decoder layer that a tensor is of, -1 if it is of none."""
+    match = _LAYER.search(name)
+    return int(match[1]) if match else -1
 
 
 def sibling(name: str, expert: int) -> str:

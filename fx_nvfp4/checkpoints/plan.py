@@ -17,12 +17,13 @@ from ..format import BLOCK
 from . import skeleton
 from .checks import PackedPiece, check_activations, check_dense, check_packed_piece, check_torchao
 from .errors import mismatch
-from .formats import Convention, input_multiplier, weight_multiplier
-from .names import Names, Place, is_kv_scale, sibling
+from .formats import Convention, weight_multiplier
+from .input_scales import InputScales
+from .names import Names, Place, is_kv_scale, layer_index, sibling
 from .reader import Reader, StoredTensor
 from .scheme import Scheme
 from .skeleton import Layout
-from .sources import Source, collect
+from .sources import FUSED, Source, collect
 from .torchao_files import TorchaoWeight, collect_torchao
 
 logger = logging.getLogger("fx_nvfp4.checkpoint")
@@ -73,38 +74,66 @@ class _Planner:
         self.wanted: Mapping[str, torch.Tensor] = model.state_dict()
         self.names = Names(skeleton.renaming(model), self.wanted.keys(), model.base_model_prefix)
         self.dtype_of = skeleton.wanted_dtypes(model)
+        self.input_scales = InputScales(reader, scheme.convention)
         self.result = Plan()
 
     def plan(self) -> Plan:
         tensors = self._relevant()
         if self.scheme.convention.method == "torchao":
-            weights, plain = collect_torchao(self.reader.metadata, tensors)
+            input_scales = None if self.scheme.weight_only else self.input_scales
+            weights, plain = collect_torchao(self.reader.metadata, tensors, input_scales)
             for weight in weights:
                 self._add_torchao(weight)
         else:
-            sources, plain = collect(tensors, self.scheme.convention, self.scheme.activations)
+            sources, plain = collect(tensors, self.scheme)
             for source in sources:
                 self._add_packed(source, self.scheme.convention)
         for tensor in plain:
             self._add_dense(tensor)
+        self.input_scales.check()
         for name, packed in self.result.packed.items():
             check_activations(name, packed.pieces)
         self._check_complete()
         return self.result
 
     def _relevant(self) -> dict[str, StoredTensor]:
-        """All tensors but those that the model's class ignores, and KV cache scales."""
+        """All tensors but those that the model's class ignores, those of extra layers, and KV cache scales."""
         ignored = skeleton.ignored_names(self.model)
-        kept = {name: t for name, t in self.reader.tensors.items() if not ignored(name)}
-        kv_scales = [name for name in kept if is_kv_scale(name)]
+        tensors = self.reader.tensors
+        kept = {name: t for name, t in tensors.items() if not ignored(name) or self._has_use(name)}
+        extra = self._of_extra_layers(kept)
+        kept = {name: t for name, t in kept.items() if name not in extra}
+        kv_scales = {name for name in kept if is_kv_scale(name)}
         if kv_scales:
             logger.warning(
                 "KV cache is not emulated: %d scales of a quantised KV cache (%s, ...) are not applied, "
                 "keys and values keep the model's precision",
                 len(kv_scales),
-                kv_scales[0],
+                min(kv_scales),
             )
         return {name: t for name, t in kept.items() if name not in kv_scales}
+
+    def _of_extra_layers(self, names: Iterable[str]) -> set[str]:
+        """Tensors of layers past the model's last, such as those that predict several tokens ahead (MTP)."""
+        layers = getattr(self.model.config.get_text_config(), "num_hidden_layers", None)
+        if layers is None:
+            return set()
+        extra = {name for name in names if layer_index(name) >= layers and not self._has_use(name)}
+        if extra:
+            logger.warning(
+                "%d tensors (%s, ...) are skipped: they are of layers past the %d that config.json states, "
+                "such as layers for multi-token prediction",
+                len(extra),
+                min(extra),
+                layers,
+            )
+        return extra
+
+    def _has_use(self, name: str) -> bool:
+        """Whether a tensor, or the weight it scales, has a place: some patterns of extra layers match real ones too."""
+        owner, _, leaf = name.rpartition(".")
+        fused = [f"{owner}.{weight}" for weight in FUSED if leaf.lstrip("_").startswith(weight)]
+        return any(self.names.place(n) is not None for n in (name, f"{owner}.weight", *fused))
 
     def _place(self, name: str, stored_as: str) -> Place:
         place = self.names.place(name)
@@ -130,11 +159,19 @@ class _Planner:
             place,
             source,
             weight_multiplier(self.reader, source["global_scale"], convention),
-            input_multiplier(self.reader, source["input_scale"], convention) if "input_scale" in source.parts else None,
+            self._act_scale(source, convention),
         )
         check_packed_piece(piece, shape, layout)
         plan = self.result.packed.setdefault(place.parameter, PackedPlan(shape, layout, self.scheme.activations))
         plan.pieces.append(piece)
+
+    def _act_scale(self, source: Source, convention: Convention) -> torch.Tensor | None:
+        if self.scheme.activations == "none":
+            return None
+        if "input_scale" in source.parts:
+            return self.input_scales.multiplier(source["input_scale"])
+        self.input_scales.missing(source.missing_name("input_scale", convention))
+        return None
 
     def _packed_target(self, place: Place, codes: StoredTensor) -> tuple[Layout, tuple[int, ...]]:
         """Layout and canonical shape of a parameter that is to hold NVFP4."""
@@ -153,7 +190,7 @@ class _Planner:
     def _add_torchao(self, weight: TorchaoWeight) -> None:
         place = self._place(weight.name, weight.parts["qdata"].name)
         layout, _ = self._packed_target(place, weight.parts["qdata"])
-        check_torchao(weight, tuple(self.wanted[place.parameter].shape), layout, self.reader)
+        check_torchao(weight, tuple(self.wanted[place.parameter].shape), layout, self.reader, self.input_scales)
         self.result.torchao[place.parameter] = weight
 
     def _add_dense(self, tensor: StoredTensor) -> None:

@@ -98,13 +98,16 @@ class Reader:
         weight_map = read_json(folder / _INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise mismatch(folder / _INDEX, "no weight_map", "a map of tensor names to shards", _COMPLETE)
-        for shard in sorted(set(weight_map.values())):
-            file = folder / str(shard)
+        listed: dict[str, set[str]] = {}
+        for name, shard in weight_map.items():
+            if not isinstance(shard, str):
+                raise mismatch(f"{folder / _INDEX}: {name}", repr(shard), "the name of a shard", _COMPLETE)
+            listed.setdefault(shard, set()).add(name)
+        for shard in sorted(listed):
+            file = folder / shard
             if file.parent != folder or not file.is_file():
                 raise mismatch(file, "no such file", f"a shard that {_INDEX} lists", _COMPLETE)
-            listed = {name for name, where in weight_map.items() if where == shard}
-            present = self._add(file)
-            for name in sorted(listed - present):
+            for name in sorted(listed[shard] - self._add(file)):
                 raise mismatch(name, f"no such tensor in {shard}", f"it there, as {_INDEX} says", _COMPLETE)
         for name in sorted(self.tensors.keys() - weight_map.keys()):
             found = f"it in {self.tensors[name].file.name} but not in {_INDEX}"

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 
 from .errors import CheckpointError, mismatch
+from .reader import read_json
+from .scheme import without_quantization
 
 logger = logging.getLogger("fx_nvfp4.checkpoint")
 
@@ -49,9 +51,9 @@ def build(config: Mapping[str, Any], dtype: torch.dtype | None, where: Path) -> 
         ImportError: transformers is not installed.
     """
     transformers = _transformers()
-    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    plain = without_quantization(config)
     model_type = plain.get("model_type")
-    if model_type not in transformers.CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in transformers.CONFIG_MAPPING:
         raise mismatch(
             where,
             f"model_type {model_type!r}",
@@ -69,12 +71,14 @@ def build(config: Mapping[str, Any], dtype: torch.dtype | None, where: Path) -> 
 
 def _model_class(transformers: Any, config: Mapping[str, Any], model_config: Any, where: Path) -> Any:
     names = config.get("architectures") or []
-    if not names:
-        return transformers.AutoModelForCausalLM._model_mapping[type(model_config)]
-    model_class = getattr(transformers, str(names[0]), None)
-    if model_class is None:
-        known = f"a class of transformers {transformers.__version__}"
-        raise mismatch(f"{where}: architectures", names, known, "install a newer transformers")
+    if names:
+        name = names[0] if isinstance(names, list) else names
+        model_class = getattr(transformers, str(name), None)
+    else:
+        model_class = transformers.AutoModelForCausalLM._model_mapping.get(type(model_config), None)
+    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
+        known = f"a model class of transformers {transformers.__version__}"
+        raise mismatch(f"{where}: architectures", names, known, "correct it, or install a newer transformers")
     return model_class
 
 
@@ -181,10 +185,21 @@ def set_tensor(model: torch.nn.Module, name: str, value: torch.Tensor) -> None:
     setattr(model.get_submodule(owner), leaf, value)
 
 
-def set_generation_config(model: Any, folder: Path) -> None:
-    """Take over generation_config.json where there is one."""
-    if (folder / "generation_config.json").is_file() and model.can_generate():
-        model.generation_config = _transformers().GenerationConfig.from_pretrained(folder)
+def read_generation_config(model: Any, folder: Path) -> Any:
+    """generation_config.json as transformers' GenerationConfig; None where there is none, or no use for it.
+
+    Raises:
+        CheckpointError: the file is no JSON object, or transformers refuses its values.
+    """
+    file = folder / "generation_config.json"
+    if not file.is_file() or not model.can_generate():
+        return None
+    content = read_json(file)
+    try:
+        return _transformers().GenerationConfig.from_dict(content)
+    except (ValueError, TypeError, AttributeError) as error:
+        fix = "correct or delete the file"
+        raise mismatch(file, f"values that transformers refuses ({error})", "a generation config", fix) from error
 
 
 def _transformers() -> Any:

@@ -7,10 +7,13 @@ from dataclasses import dataclass, field
 
 from .errors import CheckpointError, mismatch
 from .formats import Convention
+from .input_scales import WEIGHT_ONLY
 from .reader import StoredTensor
+from .scheme import Scheme
 
 _EXPORT = "export the checkpoint again"
-_FUSED = ("gate_up_proj", "up_proj", "down_proj")
+# The parameters of experts fused in 3-D; their scales' names begin with these.
+FUSED = ("gate_up_proj", "up_proj", "down_proj")
 _INTEGERS = ("U8", "I8", "I32")
 _DTYPES = {"codes": "U8", "block_scale": "F8_E4M3", "global_scale": "F32", "input_scale": "F32"}
 
@@ -31,20 +34,37 @@ class Source:
         """The name that the weight would have if it were not packed."""
         return self.name if self.fused else f"{self.name}.weight"
 
+    def missing_name(self, part: str, convention: Convention) -> str:
+        """The name that a part which is not there would have."""
+        leaf = {
+            "codes": convention.codes,
+            "block_scale": convention.block_scale,
+            "global_scale": convention.global_scale,
+            "input_scale": convention.input_scales[0],
+        }[part]
+        if self.fused:
+            return self.name if part == "codes" else f"{self.name}_{leaf}"
+        return f"{self.name}.{leaf}"
 
-def collect(
-    tensors: Mapping[str, StoredTensor], convention: Convention, activations: str
-) -> tuple[list[Source], list[StoredTensor]]:
-    """(packed weights, plain tensors), the former complete and of the right dtypes.
+
+def collect(tensors: Mapping[str, StoredTensor], scheme: Scheme) -> tuple[list[Source], list[StoredTensor]]:
+    """(packed weights, plain tensors), the former of the right dtypes and complete but for input scales.
 
     Raises:
         CheckpointError: a part is missing, superfluous or of the wrong dtype.
     """
+    convention = scheme.convention
+    if scheme.weight_only:
+        tensors = {name: t for name, t in tensors.items() if not _is_input_scale(name, convention)}
     sources: dict[str, Source] = {}
     rest = {name: t for name, t in tensors.items() if not _add_scale(sources, t, convention)}
     plain = [t for t in rest.values() if not _add_codes(sources, t, convention)]
+    for tensor in (*plain, *(source["codes"] for source in sources.values() if "codes" in source.parts)):
+        if tensor.dtype.startswith("F8_"):
+            fix = "mixed FP8/NVFP4 checkpoints are not served"
+            raise mismatch(tensor.name, f"{tensor}, an FP8 weight", "NVFP4, bfloat16, float16 or float32", fix)
     for source in sources.values():
-        _check(source, convention, activations)
+        _check(source, convention, scheme.activations)
     return list(sources.values()), plain
 
 
@@ -56,19 +76,30 @@ def _scale_part(convention: Convention, leaf: str) -> str | None:
     return "input_scale" if leaf in convention.input_scales else None
 
 
-def _add_scale(sources: dict[str, Source], tensor: StoredTensor, convention: Convention) -> bool:
-    """File a scale under its weight."""
-    owner, _, leaf = tensor.name.rpartition(".")
+def _scale_of(name: str, convention: Convention) -> tuple[str, bool, str] | None:
+    """(weight, whether it is fused, part) of the scale of that name; None: no scale."""
+    owner, _, leaf = name.rpartition(".")
     part = _scale_part(convention, leaf)
     if part is not None:
-        _file(sources, owner, False, part, tensor)
-        return True
-    for name in _FUSED:
-        part = _scale_part(convention, leaf.removeprefix(f"{name}_")) if leaf.startswith(f"{name}_") else None
+        return owner, False, part
+    for weight in FUSED:
+        part = _scale_part(convention, leaf.removeprefix(f"{weight}_")) if leaf.startswith(f"{weight}_") else None
         if part is not None:
-            _file(sources, f"{owner}.{name}", True, part, tensor)
-            return True
-    return False
+            return f"{owner}.{weight}", True, part
+    return None
+
+
+def _is_input_scale(name: str, convention: Convention) -> bool:
+    scale = _scale_of(name, convention)
+    return scale is not None and scale[2] == "input_scale"
+
+
+def _add_scale(sources: dict[str, Source], tensor: StoredTensor, convention: Convention) -> bool:
+    """File a scale under its weight."""
+    scale = _scale_of(tensor.name, convention)
+    if scale is not None:
+        _file(sources, *scale, tensor)
+    return scale is not None
 
 
 def _add_codes(sources: dict[str, Source], tensor: StoredTensor, convention: Convention) -> bool:
@@ -78,7 +109,7 @@ def _add_codes(sources: dict[str, Source], tensor: StoredTensor, convention: Con
         _file(sources, tensor.name, True, "codes", tensor)
     elif leaf == convention.codes and (owner in sources or tensor.dtype in _INTEGERS):
         _file(sources, owner, False, "codes", tensor)
-    elif leaf in _FUSED and tensor.dtype in _INTEGERS:
+    elif leaf in FUSED and tensor.dtype in _INTEGERS:
         _file(sources, tensor.name, True, "codes", tensor)
     else:
         return False
@@ -97,23 +128,17 @@ def _check(source: Source, convention: Convention, activations: str) -> None:
         tensor = source.parts.get(part)
         if part == "input_scale" and activations == "none":
             if tensor is not None:
-                raise mismatch(tensor.name, "an input scale", "none, the config says W4A16", "correct config.json")
+                raise mismatch(tensor.name, "an input scale", "none, the config says W4A16", WEIGHT_ONLY)
         elif tensor is None:
+            if part == "input_scale":
+                continue  # Whoever reads the input scales names all that are missing.
             raise _missing(source, part, convention)
         elif tensor.dtype != dtype:
             raise mismatch(tensor.name, tensor, f"{dtype}, as an NVFP4 weight's {part.replace('_', ' ')}", _EXPORT)
 
 
 def _missing(source: Source, part: str, convention: Convention) -> CheckpointError:
-    leaf = {
-        "codes": convention.codes,
-        "block_scale": convention.block_scale,
-        "global_scale": convention.global_scale,
-        "input_scale": convention.input_scales[0],
-    }[part]
-    name = f"{source.name}_{leaf}" if source.fused else f"{source.name}.{leaf}"
-    if source.fused and part == "codes":
-        name = source.name
     beside = next(iter(source.parts.values())).name
-    fix = _EXPORT if part != "input_scale" else f"{_EXPORT}, or state in config.json that it is W4A16"
-    return mismatch(name, "no such tensor", f"{_DTYPES[part]}, beside {beside}", fix)
+    return mismatch(
+        source.missing_name(part, convention), "no such tensor", f"{_DTYPES[part]}, beside {beside}", _EXPORT
+    )

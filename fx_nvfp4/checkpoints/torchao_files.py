@@ -13,10 +13,12 @@ from ..format import BLOCK
 from ..tensor import NVFP4Weight
 from ..torchao_interop import from_torchao_parts
 from .errors import CheckpointError, mismatch
+from .input_scales import InputScales
 from .reader import StoredTensor
 
 _TYPE = "NVFP4Tensor"
-_PARTS = {"qdata": "U8", "scale": "F8_E4M3", "per_tensor_scale": "F32", "act_per_tensor_scale": "F32"}
+_ACT_SCALE = "act_per_tensor_scale"
+_PARTS = {"qdata": "U8", "scale": "F8_E4M3", "per_tensor_scale": "F32", _ACT_SCALE: "F32"}
 _SERVED = "fx_nvfp4 loads torchao checkpoints of NVFP4Tensor and plain tensors"
 
 
@@ -42,7 +44,7 @@ class TorchaoWeight:
                 parts["scale"],
                 self.swizzled,
                 parts.get("per_tensor_scale"),
-                parts.get("act_per_tensor_scale"),
+                parts.get(_ACT_SCALE),
                 self.activations,
                 self.dynamic,
                 **attributes,
@@ -57,19 +59,23 @@ def holds_torchao(metadata: Mapping[str, str]) -> bool:
 
 
 def collect_torchao(
-    metadata: Mapping[str, str], tensors: Mapping[str, StoredTensor]
+    metadata: Mapping[str, str], tensors: Mapping[str, StoredTensor], input_scales: InputScales | None
 ) -> tuple[list[TorchaoWeight], list[StoredTensor]]:
     """(packed weights, plain tensors) of a torchao checkpoint.
+
+    input_scales is told which of them are missing; None drops all that the checkpoint says of activations.
 
     Raises:
         CheckpointError: a tensor type that is not served, or a part that is missing or of the wrong dtype.
     """
     weights = []
+    if input_scales is None:
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(f"_{_ACT_SCALE}")}
     for name, text in sorted(metadata.items()):
         described = _parse(name, text)
         kind = described.get("_type", "Tensor")
         if kind == _TYPE:
-            weights.append(_weight(name, described, tensors))
+            weights.append(_weight(name, described, tensors, input_scales))
         elif kind != "Tensor":
             raise mismatch(name, f"torchao type {kind}", f"{_TYPE} or Tensor", _SERVED)
     used = {part.name for weight in weights for part in weight.parts.values()}
@@ -85,14 +91,21 @@ def _parse(name: str, text: str) -> dict[str, Any]:
     return described if isinstance(described, dict) else {}
 
 
-def _weight(name: str, described: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> TorchaoWeight:
+def _weight(
+    name: str, described: Mapping[str, Any], tensors: Mapping[str, StoredTensor], input_scales: InputScales | None
+) -> TorchaoWeight:
     attributes = described.get("_data", {})
     if attributes.get("block_size") != BLOCK:
         raise mismatch(f"{name}: block_size", attributes.get("block_size"), BLOCK, _SERVED)
     owner, _, leaf = name.rpartition(".")
     stated = described.get("_tensor_data_names", ["qdata", "scale"])
-    parts = {part: _part(f"{owner}._{leaf}_{part}".lstrip("."), part, tensors) for part in stated}
-    quantize_activations = (attributes.get("act_quant_kwargs") or {}).get("_data")
+    names = {part: f"{owner}._{leaf}_{part}".lstrip(".") for part in stated}
+    if _ACT_SCALE in names and names[_ACT_SCALE] not in tensors:
+        act_scale = names.pop(_ACT_SCALE)
+        if input_scales is not None:
+            input_scales.missing(act_scale)
+    parts = {part: _part(tensor, part, tensors) for part, tensor in names.items()}
+    quantize_activations = None if input_scales is None else (attributes.get("act_quant_kwargs") or {}).get("_data")
     return TorchaoWeight(
         name,
         parts,
