@@ -18,6 +18,7 @@ from checkpoint_files import (
 )
 from safetensors.torch import load_file
 
+import fx_nvfp4
 from fx_nvfp4 import NVFP4Weight
 from fx_nvfp4 import format as nvfp4
 from fx_nvfp4 import reference as bodies
@@ -334,7 +335,12 @@ def test_layers_past_the_last_are_skipped_with_one_warning(tmp_path, caplog):
             tensors[name.replace("layers.1.", "layers.2.")] = tensors[name]
         tensors["model.layers.2.eh_proj.weight"] = torch.ones(64, 128).bfloat16()
 
-    load(edited(tmp_path, add_layer), progress=False)
+    edited(tmp_path, add_layer)
+    with pytest.raises(fx_nvfp4.CheckpointError, match="belongs nowhere"):
+        load(tmp_path, progress=False)  # or a config with too few layers would cost the model its last
+
+    edited(tmp_path, lambda config, tensors: (add_layer(config, tensors), config.update(num_nextn_predict_layers=1)))
+    load(tmp_path, progress=False)
     (record,) = [r for r in caplog.records if r.levelno == logging.WARNING]
     assert "model.layers.2.block_sparse_moe" in record.getMessage()
     assert "past the 2" in record.getMessage()

@@ -114,15 +114,14 @@ class _Planner:
         return {name: t for name, t in kept.items() if name not in kv_scales}
 
     def _of_extra_layers(self, names: Iterable[str]) -> set[str]:
-        """Tensors of layers past the model's last, such as those that predict several tokens ahead (MTP)."""
-        layers = getattr(self.model.config.get_text_config(), "num_hidden_layers", None)
-        if layers is None:
-            return set()
-        extra = {name for name in names if layer_index(name) >= layers and not self._has_use(name)}
+        """Tensors of the layers past the last that predict several tokens ahead (MTP), as many as the config states."""
+        config = self.model.config.get_text_config()
+        layers, ahead = (getattr(config, key, None) or 0 for key in ("num_hidden_layers", "num_nextn_predict_layers"))
+        past = range(layers, layers + ahead)
+        extra = {name for name in names if layer_index(name) in past and not self._has_use(name)}
         if extra:
             logger.warning(
-                "%d tensors (%s, ...) are skipped: they are of layers past the %d that config.json states, "
-                "such as layers for multi-token prediction",
+                "%d tensors (%s, ...) are skipped: they are of layers for multi-token prediction, past the %d of the model",
                 len(extra),
                 min(extra),
                 layers,
