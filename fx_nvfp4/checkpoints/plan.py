@@ -121,7 +121,8 @@ class _Planner:
         extra = {name for name in names if layer_index(name) in past and not self._has_use(name)}
         if extra:
             logger.warning(
-                "%d tensors (%s, ...) are skipped: they are of layers for multi-token prediction, past the %d of the model",
+                "%d tensors (%s, ...) are skipped: they are of layers for multi-token prediction, "
+                "past the %d of the model",
                 len(extra),
                 min(extra),
                 layers,
