@@ -17,6 +17,7 @@ prims = torch.ops.prims
 
 BYTES = (torch.uint8, torch.int8, torch.float4_e2m1fn_x2)  # dtypes that packed codes come in, besides int32
 
+_CODED = (torch.float4_e2m1fn_x2, torch.float8_e4m3fn, torch.float8_e8m0fnu, torch.float8_e5m2)
 _MAX_CONE = 4000
 _LAYOUT_ONLY = {
     *(aten.clone.default, aten.alias.default, aten.detach.default, aten.expand.default, aten.unsqueeze.default),
@@ -81,6 +82,36 @@ class Cone:
                 bound = min(size, found[equal][1]) if equal in found else size
                 found[equal] = found[root] = (equal, bound)
         return found
+
+
+def holds_codes(cone: Cone) -> bool:
+    """Whether anything is done to the packed leaves that takes codes apart, or a block scale is among the leaves.
+
+    Without either they are plain bytes, such as those of an image, in whatever order they are read.
+    """
+    inside, stack = set(cone.nodes), list(cone.packed)
+    if any(n.meta["val"].dtype in _CODED for n in inside if not is_supported(n)):
+        return True
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        for user in node.users:
+            if user not in inside or user in seen:
+                continue
+            if _takes_codes_apart(user, node):
+                return True
+            seen.add(user)
+            stack.append(user)
+    return False
+
+
+def _takes_codes_apart(user: Node, node: Node) -> bool:
+    packet = getattr(user.target, "overloadpacket", None)
+    if packet in (aten.div, aten.mul, aten.floor_divide):
+        return any(arg in (16, 1 / 16) for arg in user.args[1:] if isinstance(arg, (int, float)))
+    if user.target in _GATHERING:
+        return any(index is node for index, _ in _indices(user))
+    return user.target is aten.view.dtype or (packet in _UNPACKING and packet is not aten.view)
 
 
 def _is_unpacked(leaf: Node, cone: Mapping[Node, None]) -> bool:

@@ -11,11 +11,12 @@ from torch.fx import Node
 
 from fx_nvfp4.report import Match, Refusal, Report
 
-from .experts import Site, find_sites
+from .emitter import CannotRewriteError
+from .experts import Memo, Site, find_sites
 from .nodes import hint
 from .place import origin, where
-from .rewrite import CannotRewriteError, rewrite
-from .verify import find_dequantized
+from .rewrite import rewrite
+from .verify import find_dequantized, find_spelled
 
 _OPS = {getattr(torch.ops.fx_nvfp4, name).default: name for name in ("linear", "batched", "indexed", "grouped")}
 
@@ -34,7 +35,9 @@ def emulate(graph: fx.Graph, constants: Mapping[Node, Tensor], names: Mapping[No
     Returns:
         (report, placeholders whose values the rewriting relies on).
     """
-    sites, near_misses = find_sites(graph, constants)
+    memo = Memo(constants)
+    sites, near_misses = find_sites(graph, memo)
+    known = {r.node for r in near_misses}
     sources: dict[Node, tuple[str, tuple[str, ...]]] = {}
     tables: set[Node] = set()
     refused = [Refusal(where(r.node), r.node.name, r.reason, r.advice) for r in near_misses]
@@ -43,13 +46,15 @@ def emulate(graph: fx.Graph, constants: Mapping[Node, Tensor], names: Mapping[No
             done = rewrite(graph, site)
         except CannotRewriteError as error:
             refused.append(_not_served(site, error))
+            known.add(site.weight.operand)
             continue
         sources[done.op] = site.weight.formula, done.notes
         tables.update(t for t in site.weight.tables if t.op == "placeholder")
     graph.eliminate_dead_code()
     graph.lint()
     matched = [_match(n, names, *sources.get(n, ("packed tensor", ()))) for n in graph.nodes if n.target in _OPS]
-    return Report(matched, [*refused, *find_dequantized(graph)], graphs=1), tables
+    refused += [*find_dequantized(graph), *find_spelled(graph, memo.recognise, known)]
+    return Report(matched, refused, graphs=1), tables
 
 
 def _not_served(site: Site, error: CannotRewriteError) -> Refusal:

@@ -52,14 +52,13 @@ def find_products(graph: fx.Graph) -> Iterator[Product]:
             yield product
 
 
-def find_sites(graph: fx.Graph, constants: Mapping[Node, Tensor]) -> tuple[list[Site], list[Refusal]]:
+def find_sites(graph: fx.Graph, memo: Memo) -> tuple[list[Site], list[Refusal]]:
     """Products with a packed weight, and operands that are made of packed integers but are not NVFP4.
 
     Args:
         graph: functional ATen graph; ``meta["val"]`` set on every node.
-        constants: known values of small static placeholders, see :func:`recognise_weight`.
+        memo: recognises operands.
     """
-    memo = _Memo(constants)
     sites: list[Site] = []
     refusals: dict[Node, Refusal] = {}
     for product in find_products(graph):
@@ -73,7 +72,7 @@ def find_sites(graph: fx.Graph, constants: Mapping[Node, Tensor]) -> tuple[list[
     return sites, list(refusals.values())
 
 
-class _Memo:
+class Memo:
     """Recognises each structure once: the experts of one model are spelled alike."""
 
     def __init__(self, constants: Mapping[Node, Tensor]) -> None:

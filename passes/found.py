@@ -64,6 +64,10 @@ class PackedWeight:
     dtype: torch.dtype
     tables: tuple[Node, ...]
 
+    def axis(self, dim: int) -> Axis:
+        """How dimension `dim` of qdata, any but `packed_dim`, is addressed."""
+        return self.qdata_axes[dim - (dim > self.packed_dim)]
+
 
 @dataclass(frozen=True)
 class Refusal:

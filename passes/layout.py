@@ -14,7 +14,7 @@ from fx_nvfp4.format import BLOCK
 
 from .found import Axis, NotPacked, Refused
 from .probe import Probe, Read
-from .sample import shape_of
+from .sample import same_size, shape_of
 
 _SCALE_DTYPES = (torch.float8_e4m3fn, torch.uint8, torch.float8_e8m0fnu, torch.float8_e5m2)
 
@@ -46,7 +46,7 @@ def find_qdata(probe: Probe) -> tuple[Read, int, int]:
         raise Refused(f"several elements of {name} make up one weight", "unpack each code from one element")
     if others := [r.node.name for r in probe.packed if r is not read and _is_at_half(probe, r, k_dim)]:
         raise Refused(f"packed codes come from {name} and {', '.join(others)}", "multiply with each by itself")
-    if shape_of(read.node)[packed_dim] * _codes_per_element(read.dtype) != probe.shape[k_dim]:
+    if not same_size(read.node.meta["val"].shape[packed_dim] * _codes_per_element(read.dtype), probe.size(k_dim)):
         raise Refused(f"only part of {name}'s K is used", "slice the packed tensors, or use the whole of K")
     return read, packed_dim, k_dim
 
@@ -109,7 +109,7 @@ def find_scale(
             if not bool(hit.all()):
                 place = probe.where(~hit, k_dim)
                 raise Refused(f"{place} differs: {read.node.name} is not read at K // {block}", "treat it apart")
-            if size * block != probe.shape[k_dim]:
+            if not same_size(read.node.meta["val"].shape[d] * block, probe.size(k_dim)):
                 raise Refused(f"only part of {read.node.name}'s K is used", "slice the packed tensors too")
             return read, explained(probe, read, d), d, "linear"
     raise _no_scale(others, k)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 UNKNOWN_SIZE = 8  # for sizes that only running the graph will tell
 
@@ -23,6 +24,21 @@ def hint(size: Any) -> int:
         guess = getattr(symbolic.shape_env, "optimization_hint", None)  # not in torch 2.11
         return int(guess(symbolic.expr, fallback=UNKNOWN_SIZE)) if guess else UNKNOWN_SIZE
     return size
+
+
+def fixed(number: Any) -> Any:
+    """The number itself, of a node too; None if it is a symbol, whose value may be another at the next call."""
+    if isinstance(number, Node):
+        number = number.meta["val"]
+    if isinstance(number, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+        expression = number.node.expr
+        return number.node.pytype(expression) if expression.is_number else None
+    return number
+
+
+def same_size(a: Any, b: Any) -> bool:
+    """Whether two sizes are equal at every call, not just in what tracing saw."""
+    return bool(statically_known_true(a == b))
 
 
 def shape_of(node: Node) -> tuple[int, ...]:

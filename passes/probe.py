@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch.fx import Node
 from .cone import Cone
 from .found import Axis
 from .leaves import Leaves
-from .sample import Coords, Sampler, hint, shape_of, with_boundaries
+from .sample import Coords, Sampler, same_size, shape_of, with_boundaries
 
 _SAMPLES = 12288
 _FIRST = 1024  # samples that the search for edges starts with
@@ -63,18 +64,23 @@ class Probe:
         self.packed = [r for r in self.reads if r.node in cone.packed]
         self.shape = shape_of(cone.operand)
 
+    def size(self, dim: int) -> Any:
+        """The operand's size, a symbol where it is one."""
+        return self.operand.meta["val"].shape[dim]
+
     def values(self, read: Read) -> Tensor:
         """Values [S] that the samples found in a leaf."""
         return self.leaves.hashed(read.node, Coords(read.index, torch.arange(len(self.coords))))
 
     def axis(self, read: Read, dim: int) -> Axis | None:
         """How a dimension of a leaf is addressed, or None if in no way that `Axis` can say."""
-        column, size = read.column(dim), shape_of(read.node)[dim]
+        column, sizes = read.column(dim), self.operand.meta["val"].shape
+        size = read.node.meta["val"].shape[dim]
         if bool((column == column[0]).all()):
             return Axis("const", value=int(column[0]))
-        for d, extent in enumerate(self.shape):
+        for d, extent in enumerate(sizes):
             own = self.coords[:, d]
-            if torch.equal(column, own) and extent == size:
+            if torch.equal(column, own) and same_size(extent, size):
                 return Axis("dim", dim=d)
             if axis := self._sliced(column, d) or self._merged(column, d, read.node, dim):
                 return axis
@@ -106,10 +112,11 @@ class Probe:
         if isinstance(size, int) and 1 < size < extent and torch.equal(column, own % size):
             return Axis("remainder", dim=d, size=size)
         inner = {s for s in sizes if isinstance(s, int)}
-        if isinstance(size, int) and isinstance(self.operand.meta["val"].shape[d], int) and extent % size == 0:
+        whole = self.size(d)
+        if isinstance(size, int) and isinstance(whole, int) and extent % size == 0:
             inner.add(extent // size)
         for s in sorted(inner):
-            if 1 < s < extent and torch.equal(column, own // s) and extent == s * hint(size):
+            if 1 < s < extent and torch.equal(column, own // s) and same_size(whole, s * size):
                 return Axis("quotient", dim=d, size=s)
         return None
 

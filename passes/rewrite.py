@@ -14,6 +14,7 @@ import torch
 from torch import fx
 from torch.fx import Node
 
+from .emitter import CannotRewriteError, Emitter, shape
 from .experts import Site
 from .found import Axis, PackedWeight
 
@@ -22,14 +23,6 @@ prims = torch.ops.prims
 nvfp4 = torch.ops.fx_nvfp4
 
 Parts = tuple[Node, Node, Node]  # qdata, block_scale, global_scale
-
-
-class CannotRewriteError(Exception):
-    """A recognised product that no op serves; carries reason and advice."""
-
-    def __init__(self, reason: str, advice: str = "") -> None:
-        super().__init__(reason)
-        self.reason, self.advice = reason, advice
 
 
 @dataclass(frozen=True)
@@ -47,7 +40,7 @@ def rewrite(graph: fx.Graph, site: Site) -> Rewritten:
         CannotRewriteError: no op computes this product.
     """
     layout = _Layout.of(site)
-    emit = _Emitter(graph, site.product.node)
+    emit = Emitter(graph, site.product.node)
     try:
         with graph.inserting_before(site.product.node):
             weight = _canonical(emit, site.weight)
@@ -80,10 +73,10 @@ class _Layout:
     @staticmethod
     def of(site: Site) -> _Layout:
         w = site.weight
-        axes = _leading(w.qdata_axes, w.qdata, w.packed_dim)
+        axes = [w.axis(d) for d in _row_dims(w)]
         if not 1 <= len(axes) <= 2:
             raise CannotRewriteError(
-                f"codes {_shape(w.qdata)} have {len(axes)} dims of rows", "store [N, K/2] or [E, N, K/2]"
+                f"codes {shape(w.qdata)} have {len(axes)} dims of rows", "store [N, K/2] or [E, N, K/2]"
             )
         expert, row = (None, axes[0]) if len(axes) == 1 else (axes[0], axes[1])
         _check_operands(site)
@@ -91,11 +84,14 @@ class _Layout:
 
 
 def _kind(site: Site, expert: Axis | None, row: Axis) -> str:
-    rank = len(_shape(site.weight.operand))
+    rank = len(shape(site.weight.operand))
     n_dim = 2 * rank - 3 - site.weight.k_dim
-    whole = row.kind == "dim" and row.dim == n_dim
+    codes, operand = [shape(site.weight.qdata)[d] for d in _row_dims(site.weight)], shape(site.weight.operand)
+    one_row = codes[-1] == 1 and isinstance(operand[n_dim], int) and operand[n_dim] == 1
+    whole = (row.kind == "dim" and row.dim == n_dim) or one_row
     part = row.kind == "affine" and row.dim == n_dim and row.size == 1
     by_batch = expert is not None and rank == 3 and expert.kind == "dim" and expert.dim == 0
+    by_batch |= expert is not None and rank == 3 and codes[0] == 1 and operand[0] == 1
     if site.product.offs is not None:
         if whole and by_batch:
             return "grouped"
@@ -120,16 +116,19 @@ def _kind(site: Site, expert: Axis | None, row: Axis) -> str:
 def _splits_rows(expert: Axis, n_dim: int, size: int | None) -> bool:
     """Whether ids [B, A] are read at (batch, n // size): each batch's operand is A experts side by side."""
     axes = expert.index_axes
-    return (
-        len(axes) == 2
-        and (axes[0].kind, axes[0].dim) == ("dim", 0)
-        and (axes[1].kind, axes[1].dim, axes[1].size) == ("quotient", n_dim, size)
+    if len(axes) != 2 or expert.node is None:
+        return False
+    one_batch = shape(expert.node)[0] == 1 and axes[0].kind == "const"
+    return (one_batch or (axes[0].kind, axes[0].dim) == ("dim", 0)) and (axes[1].kind, axes[1].dim, axes[1].size) == (
+        "quotient",
+        n_dim,
+        size,
     )
 
 
 def _check_operands(site: Site) -> None:
     w, x = site.weight, site.x.meta["val"]
-    if w.k_dim != len(_shape(w.operand)) - (1 if site.on_left else 2):
+    if w.k_dim != len(shape(w.operand)) - (1 if site.on_left else 2):
         raise CannotRewriteError("the product contracts the output rows, not K", "multiply x by the weight transposed")
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or site.product.node.meta["val"].dtype != x.dtype:
         raise CannotRewriteError(f"activations are {x.dtype}", "use float32, bfloat16 or float16 for both operands")
@@ -153,18 +152,19 @@ class _Weight:
         return self.qdata, self.block_scale, self.global_scale
 
 
-def _map(emit: _Emitter, parts: Parts, target: Any, *args: Any) -> Parts:
+def _map(emit: Emitter, parts: Parts, target: Any, *args: Any) -> Parts:
     qdata, block_scale, global_scale = (emit(target, part, *args) for part in parts)
     return qdata, block_scale, global_scale
 
 
-def _canonical(emit: _Emitter, w: PackedWeight) -> _Weight:
+def _canonical(emit: Emitter, w: PackedWeight) -> _Weight:
     if w.scale_layout != "linear":
         raise CannotRewriteError("block scales lie in 128 x 4 tiles", "unswizzle them when the model is loaded")
     if _leading(w.scale_axes, w.block_scale, w.scale_dim) != _leading(w.qdata_axes, w.qdata, w.packed_dim):
         raise CannotRewriteError("block scales are addressed differently from codes", "give both the same leading dims")
     notes: list[str] = []
-    qdata = _last(emit, w.qdata, w.packed_dim, notes)
+    rows = [shape(w.qdata)[d] for d in _row_dims(w)]
+    qdata = _last(emit, w.qdata, w.packed_dim, rows, notes)
     if not w.low_nibble_first:
         notes.append("codes with the high nibble first are swapped at each call; swap them once at load")
         low, high = (
@@ -172,29 +172,28 @@ def _canonical(emit: _Emitter, w: PackedWeight) -> _Weight:
             emit(aten.bitwise_left_shift.Tensor_Scalar, qdata, 4),
         )
         qdata = emit(aten.bitwise_or.Tensor, low, high)
-    block_scale = _last(emit, w.block_scale, w.scale_dim, notes)
-    rows = _shape(qdata)[:-1]
+    block_scale = _last(emit, w.block_scale, w.scale_dim, rows, notes)
     return _Weight(qdata, block_scale, _global_scale(emit, w, rows), tuple(notes))
 
 
-def _last(emit: _Emitter, leaf: Node, dim: int, notes: list[str]) -> Node:
-    """leaf as bytes without unit dims, dim moved to the end and contiguous."""
+def _last(emit: Emitter, leaf: Node, dim: int, rows: Sequence[Any], notes: list[str]) -> Node:
+    """leaf as bytes [*rows, size of dim], dim moved to the end and contiguous."""
     if leaf.meta["val"].dtype.itemsize != 1:
         raise CannotRewriteError(
             f"{leaf.name} packs codes in {leaf.meta['val'].dtype}", "store codes two to a byte, in uint8"
         )
     if leaf.meta["val"].dtype != torch.uint8:
         leaf = emit(aten.view.dtype, leaf, torch.uint8)
-    shape = _shape(leaf)
-    order = [d for d in range(len(shape)) if d != dim and shape[d] != 1]
+    sizes = shape(leaf)
+    order = [d for d in range(len(sizes)) if d != dim and sizes[d] != 1]
     if order != sorted(order) or any(d > dim for d in order):
         notes.append(f"{leaf.name} is laid out anew at each call; store it with K as the last dim")
-        leaf = emit(aten.permute.default, leaf, [d for d in range(len(shape)) if d != dim] + [dim])
+        leaf = emit(aten.permute.default, leaf, [d for d in range(len(sizes)) if d != dim] + [dim])
         leaf = emit(aten.clone.default, leaf, memory_format=torch.contiguous_format)
-    return emit.view(leaf, [shape[d] for d in order] + [shape[dim]])
+    return emit.view(leaf, [*rows, sizes[dim]])
 
 
-def _global_scale(emit: _Emitter, w: PackedWeight, rows: Sequence[Any]) -> Node:
+def _global_scale(emit: Emitter, w: PackedWeight, rows: Sequence[Any]) -> Node:
     """The multiplier of every row, float32 [.., N]."""
     if w.global_scale is None:
         return emit.full(rows, 1.0, w.qdata)
@@ -203,11 +202,11 @@ def _global_scale(emit: _Emitter, w: PackedWeight, rows: Sequence[Any]) -> Node:
         scale = emit(prims.convert_element_type.default, scale, torch.float32)
     if w.global_op == "divide":
         scale = emit(aten.reciprocal.default, scale)
-    axes = list(_leading(w.qdata_axes, w.qdata, w.packed_dim))
-    kept = [(axis, size) for axis, size in zip(w.global_axes, _shape(scale), strict=True) if size != 1]
+    axes = [w.axis(d) for d in _row_dims(w)]
+    kept = [(axis, size) for axis, size in zip(w.global_axes, shape(scale), strict=True) if size != 1]
     if any(axis not in axes for axis, _ in kept):
         raise CannotRewriteError(
-            f"the global scale {_shape(scale)} is addressed differently from codes",
+            f"the global scale {shape(scale)} is addressed differently from codes",
             "give one per tensor, expert or row",
         )
     sizes = {axes.index(axis): size for axis, size in kept}
@@ -216,19 +215,28 @@ def _global_scale(emit: _Emitter, w: PackedWeight, rows: Sequence[Any]) -> Node:
 
 
 def _leading(axes: Sequence[Axis], leaf: Node, packed_dim: int) -> tuple[Axis, ...]:
-    """Axes of a leaf's dims but the packed one, without those of size 1, which address nothing.
+    """Axes of a leaf's dims but the packed one, without those of size 1, which address nothing."""
+    sizes = [size for d, size in enumerate(shape(leaf)) if d != packed_dim]
+    return tuple(axis for axis, size in zip(axes, sizes, strict=True) if size != 1)
 
-    One row, or one expert, is kept where all are of size 1.
+
+def _row_dims(w: PackedWeight) -> list[int]:
+    """The dims of the codes that are experts and rows: [N] or [E, N], of which one may be a single one.
+
+    Any other dim of size 1 addresses nothing.
     """
-    sizes = [size for d, size in enumerate(_shape(leaf)) if d != packed_dim]
-    kept = tuple(axis for axis, size in zip(axes, sizes, strict=True) if size != 1)
-    return kept or tuple(axes[-1:])
+    sizes = shape(w.qdata)
+    dims = [d for d in range(len(sizes)) if d != w.packed_dim]
+    for d in list(dims):
+        if len(dims) > 2 and sizes[d] == 1:
+            dims.remove(d)
+    return dims
 
 
 # One builder an op: (op node, result in place of the product)
 
 
-def _linear(emit: _Emitter, site: Site, layout: _Layout, weight: _Weight) -> tuple[Node, Node]:
+def _linear(emit: Emitter, site: Site, layout: _Layout, weight: _Weight) -> tuple[Node, Node]:
     parts = weight.parts()
     if layout.expert is not None:
         parts = _map(emit, parts, aten.select.int, 0, layout.expert.value)
@@ -236,54 +244,55 @@ def _linear(emit: _Emitter, site: Site, layout: _Layout, weight: _Weight) -> tup
     return _apply(emit, site, lambda x: emit(nvfp4.linear.default, x, *parts))
 
 
-def _merged(emit: _Emitter, site: Site, layout: _Layout, weight: _Weight) -> tuple[Node, Node]:
-    parts = [emit.view(p, [-1, *_shape(p)[2:]]) for p in weight.parts()]
+def _merged(emit: Emitter, site: Site, layout: _Layout, weight: _Weight) -> tuple[Node, Node]:
+    parts = [emit.view(p, [-1, *shape(p)[2:]]) for p in weight.parts()]
     return _apply(emit, site, lambda x: emit(nvfp4.linear.default, x, *parts))
 
 
-def _batched(emit: _Emitter, site: Site, layout: _Layout, weight: _Weight) -> tuple[Node, Node]:
+def _batched(emit: Emitter, site: Site, layout: _Layout, weight: _Weight) -> tuple[Node, Node]:
     parts = _rows(emit, site, layout, weight.parts(), 1)
     return _apply(emit, site, lambda x: emit(nvfp4.batched.default, x, *parts))
 
 
-def _grouped(emit: _Emitter, site: Site, layout: _Layout, weight: _Weight) -> tuple[Node, Node]:
+def _grouped(emit: Emitter, site: Site, layout: _Layout, weight: _Weight) -> tuple[Node, Node]:
     op = emit(nvfp4.grouped.default, site.x, *weight.parts(), site.product.offs)
     return op, op
 
 
-def _indexed(emit: _Emitter, site: Site, layout: _Layout, weight: _Weight) -> tuple[Node, Node]:
+def _indexed(emit: Emitter, site: Site, layout: _Layout, weight: _Weight) -> tuple[Node, Node]:
     """Batch b of x [B, M, K] meets expert ids[b]: M rows each."""
     assert layout.expert is not None
     parts = _rows(emit, site, layout, weight.parts(), 1)
-    ids = emit.view(_ids(layout.expert), [-1])
-    m, n = _static(_shape(site.product.node)[1 + site.on_left]), _n(site)
+    ids = _counted_from_zero(emit, emit.view(_ids(site, layout.expert), [-1]), weight)
+    m, n = _static(shape(site.product.node)[1 + site.on_left]), _n(site)
     if m != 1:
         ids = emit.view(emit(aten.expand.default, emit(aten.unsqueeze.default, ids, 1), [-1, m]), [-1])
 
     def product(x: Node) -> tuple[Node, Node]:
-        op = emit(nvfp4.indexed.default, emit.view(x, [-1, _shape(x)[-1]]), *parts, ids)
+        op = emit(nvfp4.indexed.default, emit.view(x, [-1, shape(x)[-1]]), *parts, ids)
         return op, emit.view(op, [-1, m, n])
 
     return _apply(emit, site, product)
 
 
-def _spread(emit: _Emitter, site: Site, layout: _Layout, weight: _Weight) -> tuple[Node, Node]:
+def _spread(emit: Emitter, site: Site, layout: _Layout, weight: _Weight) -> tuple[Node, Node]:
     """Batch b of x [B, M, K] meets the rows of experts ids[b, :] side by side, as einsum lays them out."""
     assert layout.expert is not None
     assert layout.expert.node is not None
     ids = layout.expert.node
-    m, chosen = _static(_shape(site.product.node)[1 + site.on_left]), _static(_shape(ids)[1])
+    m, chosen = _static(shape(site.product.node)[1 + site.on_left]), _static(shape(ids)[1])
+    ids = _counted_from_zero(emit, ids, weight)
     every = emit.view(emit(aten.expand.default, emit(aten.unsqueeze.default, ids, 1), [-1, m, -1]), [-1])
 
     def product(x: Node) -> tuple[Node, Node]:
         rows = emit(aten.expand.default, emit(aten.unsqueeze.default, x, 2), [-1, -1, chosen, -1])
-        op = emit(nvfp4.indexed.default, emit.view(rows, [-1, _shape(x)[-1]]), *weight.parts(), every)
+        op = emit(nvfp4.indexed.default, emit.view(rows, [-1, shape(x)[-1]]), *weight.parts(), every)
         return op, emit.view(op, [-1, m, _n(site)])
 
     return _apply(emit, site, product)
 
 
-def _rows(emit: _Emitter, site: Site, layout: _Layout, parts: Parts, dim: int) -> Parts:
+def _rows(emit: Emitter, site: Site, layout: _Layout, parts: Parts, dim: int) -> Parts:
     """parts restricted to the rows that the operand shows, for example those of gate or up."""
     if layout.row.kind == "dim":
         return parts
@@ -297,18 +306,30 @@ def _static(size: Any) -> int:
     return size
 
 
-def _ids(expert: Axis) -> Node:
+def _ids(site: Site, expert: Axis) -> Node:
     """The node of expert ids, one per batch in order."""
     ids = expert.node
     assert ids is not None
-    axes, sizes = expert.index_axes, _shape(ids)
-    in_order = len(axes) == 1 and axes[0].kind == "dim"
-    if len(axes) == 2:
-        quotient, remainder = axes
-        in_order = (quotient.kind, remainder.kind) == ("quotient", "remainder") and quotient.size == sizes[1]
+    axes = [(axis, size) for axis, size in zip(expert.index_axes, shape(ids), strict=True) if size != 1]
+    if not axes:
+        in_order = shape(site.weight.operand)[0] == 1
+    elif len(axes) == 2:
+        (quotient, _), (remainder, inner) = axes
+        in_order = (quotient.kind, remainder.kind) == ("quotient", "remainder") and quotient.size == inner
+    else:
+        in_order = len(axes) == 1 and axes[0][0].kind == "dim"
     if not in_order:
-        raise CannotRewriteError(f"expert ids are read at {', '.join(map(_text, axes))}", "select one expert a batch")
+        read = ", ".join(map(_text, expert.index_axes))
+        raise CannotRewriteError(f"expert ids {shape(ids)} are read at {read}", "select one expert a batch")
     return ids
+
+
+def _counted_from_zero(emit: Emitter, ids: Node, weight: _Weight) -> Node:
+    """Ids as the ops take them: in indexing, -1 is the last expert."""
+    if not ids.meta["val"].dtype.is_signed:
+        return ids
+    from_end = emit(aten.add.Scalar, ids, _static(shape(weight.qdata)[0]))
+    return emit(aten.where.self, emit(aten.lt.Scalar, ids, 0), from_end, ids)
 
 
 _BUILDERS = {
@@ -321,7 +342,7 @@ _BUILDERS = {
 }
 
 
-def _apply(emit: _Emitter, site: Site, product: Callable[[Node], Any]) -> tuple[Node, Node]:
+def _apply(emit: Emitter, site: Site, product: Callable[[Node], Any]) -> tuple[Node, Node]:
     """product(x) for x [.., M, K]; a weight on the left takes and gives the other operand transposed."""
 
     def pair(x: Node) -> tuple[Node, Node]:
@@ -330,57 +351,18 @@ def _apply(emit: _Emitter, site: Site, product: Callable[[Node], Any]) -> tuple[
 
     if not site.on_left:
         return pair(site.x)
-    rank = len(_shape(site.x))
+    rank = len(shape(site.x))
     order = [*range(rank - 2), rank - 1, rank - 2]
     op, y = pair(emit(aten.permute.default, site.x, order))
     return op, emit(aten.permute.default, y, order)
 
 
-class _Emitter:
-    """Inserts nodes before a product, with values for later passes and the product's place in the model."""
-
-    def __init__(self, graph: fx.Graph, before: Node) -> None:
-        self._graph = graph
-        self._fake_mode = before.meta["val"].fake_mode
-        self._meta: dict[str, Any] = {
-            k: before.meta[k] for k in ("nn_module_stack", "stack_trace", "seq_nr") if k in before.meta
-        }
-
-        self._emitted: list[Node] = []
-
-    def __call__(self, target: Any, *args: Any, **kwargs: Any) -> Node:
-        node = self._graph.call_function(target, args, kwargs)
-        self._emitted.append(node)
-        with self._fake_mode:
-            values, keywords = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-            node.meta.update(self._meta, val=target(*values, **keywords))
-        return node
-
-    def view(self, node: Node, shape: list[Any]) -> Node:
-        """node in another shape, copied where its strides forbid a view."""
-        with self._fake_mode:
-            contiguous = node.meta["val"].is_contiguous()
-        if not contiguous:
-            node = self(aten.clone.default, node, memory_format=torch.contiguous_format)
-        return self(aten.view.default, node, shape)
-
-    def undo(self) -> None:
-        """Remove everything inserted."""
-        for node in reversed(self._emitted):
-            self._graph.erase_node(node)
-
-    def full(self, shape: Sequence[Any], value: float, like: Node) -> Node:
-        device = like.meta["val"].device
-        return self(aten.full.default, list(shape), value, dtype=torch.float32, device=device, pin_memory=False)
-
-
-def _shape(node: Node) -> list[Any]:
-    return list(node.meta["val"].shape)
-
-
 def _n(site: Site) -> int:
-    shape = _shape(site.weight.operand)
-    return int(shape[2 * len(shape) - 3 - site.weight.k_dim])
+    sizes = shape(site.weight.operand)
+    size = sizes[2 * len(sizes) - 3 - site.weight.k_dim]
+    if not isinstance(size, int):
+        raise CannotRewriteError(f"the number of output rows used, {size}, is symbolic", "use a fixed part of the rows")
+    return size
 
 
 def _text(axis: Axis | None) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from . import sample_moves, sample_values  # noqa: F401 - importing them registers their handlers
 from .boundaries import with_boundaries
 from .coords import Coords
-from .nodes import arguments, hint, is_tensor, shape_of
-from .sampler import Sampler, Unsupported, handles, handles_item, inputs_of, is_supported
+from .nodes import arguments, hint, is_tensor, same_size, shape_of
+from .sampler import Sampler, SymbolicPosition, Unsupported, handles, handles_item, inputs_of, is_supported
 
 __all__ = [
     "Coords",
     "Sampler",
+    "SymbolicPosition",
     "Unsupported",
     "arguments",
     "handles",
@@ -19,6 +20,7 @@ __all__ = [
     "inputs_of",
     "is_supported",
     "is_tensor",
+    "same_size",
     "shape_of",
     "with_boundaries",
 ]

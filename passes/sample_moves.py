@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch.fx import Node
 
 from .coords import Coords, stack_columns, unravel
 from .nodes import hint, shape_of
-from .sampler import Sampler, handles, handles_item
+from .sampler import Sampler, handles, handles_item, number
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -62,22 +63,31 @@ def _repeat(sampler: Sampler, node: Node, a: SimpleNamespace, at: Coords) -> Ten
     return sampler.value(a.self, at.moved(tail % torch.tensor(inner, dtype=torch.int64)))
 
 
-def _span(a: SimpleNamespace, size: int) -> tuple[int, int, int]:
-    start, end, step = slice(*(None if x is None else hint(x) for x in (a.start, a.end, a.step))).indices(size)
+def _place(node: Node, index: Any, size: Any) -> int:
+    """A place in a dimension of `size`, where one that counts from the end takes a size that is no symbol."""
+    index = number(node, index)
+    return index + number(node, size) if index < 0 else index
+
+
+def _span(node: Node, a: SimpleNamespace) -> tuple[int, int, int]:
+    whole = a.self.meta["val"].shape[a.dim]
+    start, end = (None if x is None else _place(node, x, whole) for x in (a.start, a.end))
+    start, end, step = slice(start, end, number(node, a.step)).indices(hint(whole))
     return start, max(start, end), step
 
 
 @handles(aten.slice.Tensor)
 def _slice(sampler: Sampler, node: Node, a: SimpleNamespace, at: Coords) -> Tensor:
-    start, _, step = _span(a, shape_of(a.self)[a.dim])
+    a.end = None  # a symbolic end makes the result's extent symbolic, and moves nothing
+    start, _, step = _span(node, a)
     return sampler.value(a.self, at.column(a.dim, at.index[:, a.dim] * step + start))
 
 
 @handles(aten.select.int)
 def _select(sampler: Sampler, node: Node, a: SimpleNamespace, at: Coords) -> Tensor:
-    shape = shape_of(a.self)
+    shape = a.self.meta["val"].shape
     dim = a.dim % len(shape)
-    return sampler.value(a.self, at.inserted(dim, hint(a.index) % shape[dim]))
+    return sampler.value(a.self, at.inserted(dim, _place(node, a.index, shape[dim])))
 
 
 def _merge(node: Node, size: int, parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
@@ -114,14 +124,14 @@ def _cat(sampler: Sampler, node: Node, a: SimpleNamespace, at: Coords) -> Tensor
 @handles(aten.slice_scatter.default, aten.select_scatter.default)
 def _scatter(sampler: Sampler, node: Node, a: SimpleNamespace, at: Coords) -> Tensor:
     dim = a.dim % at.index.shape[1]
-    size, column = shape_of(node)[dim], at.index[:, dim]
+    column = at.index[:, dim]
     if node.target is aten.slice_scatter.default:
-        start, end, step = _span(a, size)
+        start, end, step = _span(node, a)
         inside = (column >= start) & (column < end) & ((column - start) % step == 0)
         source = at.take(inside)
         source = source.column(dim, (source.index[:, dim] - start) // step)
     else:
-        start = hint(a.index) % size
+        start = _place(node, a.index, node.meta["val"].shape[dim])
         end, inside = start + 1, column == start
         source = at.take(inside).without(dim)
     sampler.edge(node, column, at, (start, end))
@@ -137,11 +147,11 @@ def _scatter(sampler: Sampler, node: Node, a: SimpleNamespace, at: Coords) -> Te
 def _pad(sampler: Sampler, node: Node, a: SimpleNamespace, at: Coords) -> Tensor:
     inner, inside, index = shape_of(a.self), torch.ones(len(at.sample), dtype=torch.bool), at.index.clone()
     for d, before in zip(reversed(range(len(inner))), a.pad[::2], strict=False):
-        start = hint(before)
+        start = number(node, before)
         sampler.edge(node, at.index[:, d], at, (start, start + inner[d]), d)
         index[:, d] -= start
         inside &= (index[:, d] >= 0) & (index[:, d] < inner[d])
-    fill = torch.full((len(inside),), hint(a.value), dtype=node.meta["val"].dtype)
+    fill = torch.full((len(inside),), number(node, a.value), dtype=node.meta["val"].dtype)
     parts = [(~inside, fill[~inside])]
     if bool(inside.any()):
         parts.append((inside, sampler.value(a.self, at.moved(index).take(inside))))
@@ -200,7 +210,8 @@ def _gather(sampler: Sampler, node: Node, a: SimpleNamespace, at: Coords) -> Ten
 @handles_item(aten.split.Tensor, aten.split_with_sizes.default)
 def _item_split(sampler: Sampler, node: Node, a: SimpleNamespace, at: Coords) -> Tensor:
     sized = hasattr(a, "split_sizes")
-    start = sum(map(hint, a.split_sizes[: a.item])) if sized else hint(a.split_size) * a.item
+    before = a.split_sizes[: a.item] if sized else [a.split_size] * a.item
+    start = sum(number(node, size) for size in before)
     return sampler.value(a.self, at.column(a.dim, at.index[:, a.dim] + start))
 
 

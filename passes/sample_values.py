@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from .coords import Coords, stack_columns, unravel
-from .nodes import hint, shape_of
-from .sampler import Sampler, Unsupported, handles, handles_item
+from .nodes import shape_of
+from .sampler import Sampler, Unsupported, handles, handles_item, number
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -23,7 +23,7 @@ MAX_ELEMENTS = 1 << 22  # values that one step may hold
 @handles(aten.full.default, aten.full_like.default, aten.scalar_tensor.default, aten.new_full.default)
 def _full(sampler: Sampler, node: Node, a: SimpleNamespace, at: Coords) -> Tensor:
     value = a.s if node.target is aten.scalar_tensor.default else a.fill_value
-    return torch.full((len(at.sample),), hint(value), dtype=node.meta["val"].dtype)
+    return torch.full((len(at.sample),), number(node, value), dtype=node.meta["val"].dtype)
 
 
 @handles(aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default)
@@ -39,7 +39,7 @@ def _ones(sampler: Sampler, node: Node, a: SimpleNamespace, at: Coords) -> Tenso
 
 @handles(prims.iota.default, aten.arange.default, aten.arange.start, aten.arange.start_step)
 def _iota(sampler: Sampler, node: Node, a: SimpleNamespace, at: Coords) -> Tensor:
-    return at.index[:, 0] * getattr(a, "step", 1) + hint(getattr(a, "start", 0))
+    return at.index[:, 0] * number(node, getattr(a, "step", 1)) + number(node, getattr(a, "start", 0))
 
 
 @handles(aten.view.dtype)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from .coords import Coords, Edge
-from .nodes import arguments, hint, is_tensor, shape_of
+from .nodes import arguments, fixed, is_tensor, shape_of
 
 MAX_VISITS = 5000
 
@@ -31,6 +31,21 @@ class Unsupported(Exception):  # noqa: N818 - the state of a node, as in torch._
         op = node.target if node.op == "call_function" else node.op
         super().__init__(f"{node.name} ({op}): {reason}")
         self.node, self.reason = node, reason
+
+
+class SymbolicPosition(Unsupported):
+    """A symbol chooses which element is read: what holds for the value that tracing saw may not hold for the next."""
+
+    def __init__(self, node: Node) -> None:
+        super().__init__(node, "it reads at a symbolic place")
+
+
+def number(node: Node, value: Any) -> Any:
+    """A number among the arguments of `node` that decides what is read or computed; raises `SymbolicPosition`."""
+    known = fixed(value)
+    if known is None:
+        raise SymbolicPosition(node)
+    return known
 
 
 Leaf = Callable[[Node, Coords], "Tensor | None"]
@@ -157,7 +172,7 @@ class Sampler:
         if not isinstance(value, Node):
             return value
         if not is_tensor(value):
-            return hint(value)
+            return number(value, value)
         return self.value(value, self._broadcast_to(at, shape, shape_of(value)))
 
     def _broadcast_to(self, at: Coords, shape: Sequence[int], inner: tuple[int, ...]) -> Coords:

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Node
 
-from .cone import Cone, cone_key, cone_nodes
+from .cone import Cone, cone_key, cone_nodes, holds_codes
 from .found import Axis, NotPacked, PackedWeight, Refusal, Refused
 from .layout import explained, find_global, find_qdata, find_scale
 from .probe import probe_cone
-from .sample import Unsupported, is_tensor, shape_of
+from .sample import SymbolicPosition, Unsupported, is_tensor, shape_of
 from .values import match_values
 
 __all__ = ["Axis", "PackedWeight", "Refusal", "cone_key", "cone_nodes", "recognise_weight"]
@@ -40,7 +40,7 @@ def recognise_weight(node: Node, constants: Mapping[Node, Tensor]) -> PackedWeig
         return None
     with unset_fake_temporarily(), torch.no_grad():
         cone = Cone.above(node)
-        if cone is None or 0 in shape_of(node):
+        if cone is None or 0 in shape_of(node) or not holds_codes(cone):
             return None
         try:
             return _recognise(cone, constants)
@@ -48,6 +48,8 @@ def recognise_weight(node: Node, constants: Mapping[Node, Tensor]) -> PackedWeig
             return None
         except Refused as refused:
             return Refusal(node, refused.reason, refused.advice)
+        except SymbolicPosition as error:
+            return Refusal(node, f"expert chosen by a symbolic index: {error}", "index with a tensor of ids")
         except Unsupported as error:
             return Refusal(node, f"cannot be evaluated: {error}", "spell the dequantisation without this op")
 
@@ -57,6 +59,9 @@ def _recognise(cone: Cone, constants: Mapping[Node, Tensor]) -> PackedWeight | R
     qdata, packed_dim, k_dim = find_qdata(probe)
     if probe.leaves.unknown_tables:
         names = ", ".join(n.name for n in probe.leaves.unknown_tables)
+        if all(n.op == "placeholder" and _is_nested(n) for n in probe.leaves.unknown_tables):
+            reason = f"inside a control-flow branch the values of the lookup table {names} are not known"
+            raise Refused(reason, "dequantise outside of the branch, or choose by torch.where instead")
         raise Refused(f"codes are looked up in {names}, whose values are unknown", "make the table a constant buffer")
     qdata_axes = explained(probe, qdata, packed_dim)
     scale, scale_axes, scale_dim, layout = find_scale(probe, qdata, packed_dim, k_dim)
@@ -86,3 +91,10 @@ def _recognise(cone: Cone, constants: Mapping[Node, Tensor]) -> PackedWeight | R
         dtype=cone.operand.meta["val"].dtype,
         tables=tuple(probe.leaves.tables),
     )
+
+
+def _is_nested(placeholder: Node) -> bool:
+    """Whether a graph input is that of a branch or loop body: AOTAutograd describes inputs of the whole graph alone."""
+    module = placeholder.graph.owning_module
+    described = any("desc" in n.meta for n in placeholder.graph.nodes)
+    return not described and module is not None and "desc" not in placeholder.meta

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 from fx_nvfp4.passes.weights import Axis, PackedWeight, recognise_weight
-from recognition import BF16, E, K, N, accepted, chosen, dim, weight
+from recognition import BF16, E, K, N, accepted, chosen, dim, refused, weight
 from spellings import DECODERS, by_blocks, dequantise, lookup, packed, trace
 
 from fx_nvfp4.format import swizzle
@@ -140,6 +140,29 @@ def test_part_of_the_rows(part, axis):
     """Gate and up are often halves, or every other row, of one tensor: a part must not pass for the whole."""
     found, _ = accepted(lambda q, s, g: part(dequantise(q, s, g)), *weight())
     assert found.qdata_axes == found.scale_axes == (dim(0), axis)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        lambda w, n: torch.select(w, 1, n),
+        lambda w, n: torch.select(w, 0, n),
+        lambda w, n: w[:, n : n + 32],
+        lambda w, n: w[torch.full((2,), n)],
+    ],
+)
+def test_symbolic_places_are_refused(part):
+    """The expert that tracing saw is not the one of the next call."""
+    q, s, g = weight()
+    fn = lambda q, s, g, t: part(dequantise(q, s, g), t.shape[0])  # noqa: E731
+    assert refused(fn, q, s, g, torch.rand(3), dynamic={3: (0,)}).startswith("expert chosen by a symbolic index")
+
+
+def test_symbolic_experts_are_whole():
+    """Sizes that are symbols are equal where they are the same symbol."""
+    q, s, g = weight()
+    found, _ = accepted(dequantise, q, s, g, dynamic={0: (0,), 1: (0,), 2: (0,)})
+    assert found.qdata_axes == (dim(0), dim(1))
 
 
 def unswizzle(s, rows, cols):

@@ -229,3 +229,11 @@ def test_embedding_of_int32_tokens():
     """Token numbers are int32 leaves in the cone of the first activations."""
     fn = lambda ids, w: torch.nn.functional.embedding(ids, w)  # noqa: E731
     assert recognise(fn, torch.randint(0, 50, (4, 6), dtype=torch.int32), torch.rand(50, K))[0] is None
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 8, 8), (5, 2, 32), (2, 16, 64)])
+def test_bytes_of_images(shape):
+    """Nothing takes codes out of these bytes, though some shapes have them read at k // 2 or k % (size / 2)."""
+    image = torch.randint(0, 256, shape, dtype=torch.uint8)
+    assert recognise(lambda im: (im.float() / 255).flatten(1), image)[0] is None
+    assert recognise(lambda im: im.float().repeat_interleave(2, -1).flatten(1), image)[0] is None

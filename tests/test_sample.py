@@ -9,7 +9,16 @@ import math
 
 import pytest
 import torch
-from fx_nvfp4.passes.sample import Coords, Sampler, Unsupported, hint, is_supported, shape_of, with_boundaries
+from fx_nvfp4.passes.sample import (
+    Coords,
+    Sampler,
+    SymbolicPosition,
+    Unsupported,
+    hint,
+    is_supported,
+    shape_of,
+    with_boundaries,
+)
 from spellings import trace
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -177,9 +186,32 @@ def test_float8_through_cat_and_scatter():
 
 
 def test_symbolic_sizes():
-    """Coordinates come from hints, in views and slices too."""
-    fn = lambda t: torch.cat((t.reshape(-1, 5), t[:, 0]), 0)[t.shape[0] :] * t.shape[0]  # noqa: E731
+    """Coordinates come from hints, in views and in the ends of slices too."""
+    fn = lambda t: torch.cat((t.reshape(-1, 5), t[:, 0]), 0)[1 : t.shape[0] + 2] * 2  # noqa: E731
     check(fn, x(3, 4, 5), dynamic={0: (0,)})
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda t, u: torch.select(u, 0, t.shape[0]),
+        lambda t, u: u[t.shape[0] :],
+        lambda t, u: torch.select(t, 0, -1),
+        lambda t, u: t[-2:],
+        lambda t, u: u.split([t.shape[0], 8 - t.shape[0]])[1],
+        lambda t, u: torch.select_scatter(u, u[0], 0, t.shape[0]),
+        lambda t, u: torch.slice_scatter(u, u[:2], 0, t.shape[0], t.shape[0] + 2),
+        lambda t, u: u[torch.arange(t.shape[0], t.shape[0] + 2)],
+        lambda t, u: u[torch.full((2,), t.shape[0])],
+        lambda t, u: u * t.shape[0],
+    ],
+)
+def test_symbolic_places(fn):
+    """A place, or a value, that is a symbol must not pass for what tracing saw: the next call has another."""
+    traced = trace(lambda t, u: fn(t, u).clone(), x(3, 4), x(8, 4), dynamic={0: (0,)})
+    sampler = Sampler(data(traced, (x(3, 4), x(8, 4))))
+    with pytest.raises(SymbolicPosition):
+        sampler.evaluate(traced.operand, torch.zeros(1, len(shape_of(traced.operand)), dtype=torch.int64))
 
 
 def test_hint_of_unbacked_size():

@@ -1,0 +1,162 @@
+"""The backend end to end on products that were, or might be, rewritten wrongly: same numbers as eager, and what ran.
+
+Guarded here: symbols among indices and sizes, negative ids, one token, one expert, one row.
+"""
+
+import pytest
+import spelled_models
+import torch
+from spelled_models import SpelledMoE
+from torch import nn
+from torch.nn import functional as F
+
+from fx_nvfp4 import format as nvfp4
+from fx_nvfp4.backend import collect_reports
+
+E, N, K = 8, 96, 64
+
+
+class Packed(nn.Module):
+    """Packed weights [*shape]; `body(module, *inputs)` is what the model computes with them."""
+
+    def __init__(self, *shape, body):
+        super().__init__()
+        dense = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+        scale = dense.abs().amax(dim=(-1, -2)) / nvfp4.TWO_LEVEL_MAX
+        qdata, block_scale = nvfp4.quantize(dense, scale[..., None, None])
+        for name, value in (("q", qdata), ("s", block_scale), ("g", scale)):
+            self.register_buffer(name, value)
+        self.register_buffer("table", torch.tensor(nvfp4.E2M1_VALUES))
+        self.body = body
+
+    def w(self, chosen=...):
+        q, s, g = self.q[chosen], self.s[chosen], self.g[chosen] if self.g.dim() else self.g
+        values = self.table[torch.stack((q & 15, q >> 4), -1).flatten(-2).int()].unflatten(-1, (-1, 16))
+        return (values * (s.float() * g[..., None, None]).unsqueeze(-1)).flatten(-2)
+
+    def forward(self, *inputs):
+        return self.body(self, *inputs)
+
+
+def x(*shape):
+    return torch.randn(*shape or (5, K), generator=torch.Generator().manual_seed(1))
+
+
+def ran(model, *calls, tolerance=1e-5, **kwargs):
+    """What was reported of a model that gives eager's numbers for each of the calls' inputs."""
+    torch._dynamo.reset()  # what one model's inputs were makes no size of the next one's a symbol
+    run = torch.compile(model, backend="nvfp4_emu", options={"force_disable_caches": True}, **kwargs)
+    with collect_reports() as report:
+        for inputs in calls:
+            got, want = run(*inputs), model(*inputs)
+            torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance * float(want.abs().max()))
+    return report
+
+
+def matched(model, *calls, **kwargs):
+    report = ran(model, *calls, **kwargs)
+    assert not report.refused, report
+    return [m.op for m in report.matched]
+
+
+def refused(model, *calls, **kwargs):
+    report = ran(model, *calls, **kwargs)
+    assert not report.matched, report
+    return " ".join(r.reason for r in report.refused)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        lambda m, x, e: F.linear(x, m.w(e)),
+        lambda m, x, e: F.linear(x, m.w()[e]),
+        lambda m, x, e: F.linear(x, m.w()[0, e : e + 32]),
+    ],
+)
+def test_numbers_that_choose_experts_are_not_baked_in(body):
+    """Under automatic dynamic shapes the second number becomes a symbol, and the graph serves all later ones."""
+    assert "symbolic index" in ran(Packed(E, N, K, body=body), *((x(), e) for e in range(2, 6))).refused[0].reason
+
+
+def test_number_read_from_a_tensor_is_not_baked_in():
+    def body(m, x, i):
+        e = i.item()
+        torch._check(e >= 0)
+        torch._check(e < E)
+        return F.linear(x, m.w(e))
+
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        reason = refused(Packed(E, N, K, body=body), *((x(), torch.tensor(e)) for e in (3, 5)))
+    assert "symbolic index" in reason
+
+
+@pytest.mark.parametrize("first", [N, 40])
+def test_symbolic_number_of_rows_is_not_the_whole(first):
+    model = Packed(N, K, body=lambda m, x, n: F.linear(x, m.w()[:n]))
+    assert "symbolic" in refused(model, *((x(), n) for n in (first, 48, 33)), dynamic=True)
+
+
+def test_symbolic_part_of_k_is_not_the_whole():
+    model = Packed(N, K, body=lambda m, x, k: F.linear(x[:, :k], m.w()[:, :k]))
+    assert "only part of" in ran(model, *((x(), k) for k in (48, K, 32)), dynamic=True).refused[0].reason
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_negative_ids_count_from_the_end(dtype):
+    ids = torch.tensor([0, -1, 3, -8, 2], dtype=dtype)
+    model = Packed(E, N, K, body=lambda m, x, i: torch.bmm(m.w(i), x.unsqueeze(-1)))
+    assert matched(model, (x(), ids)) == ["indexed"]
+    model = Packed(E, N, K, body=lambda m, x, i: torch.einsum("td,tand->tan", x, m.w()[i]))
+    assert matched(model, (x(), torch.stack((ids, ids.flip(0)), 1))) == ["indexed"]
+
+
+@pytest.mark.parametrize("style", ["batched", "einsum"])
+def test_one_token(style):
+    model = SpelledMoE(style, torch.bfloat16)
+    with torch.no_grad():
+        got = matched(model, (spelled_models.tokens(1, torch.bfloat16),), tolerance=2**-6)
+    assert got == ["indexed"] * 2
+
+
+def test_one_expert_and_one_row():
+    """Dims of size 1 are addressed by nothing, and are rows and experts all the same."""
+    assert matched(Packed(1, K, body=lambda m, x: F.linear(x, m.w())), (x(),)) == ["linear"]
+    bmm = lambda m, x: torch.bmm(x.expand(len(m.q), 5, K), m.w().mT)  # noqa: E731
+    assert matched(Packed(E, 1, K, body=bmm), (x(),)) == ["batched"]
+    assert matched(Packed(1, N, K, body=bmm), (x(),)) == ["linear"]
+    grouped = lambda m, x, offs: F.grouped_mm(x.bfloat16(), m.w().bfloat16().mT, offs=offs)  # noqa: E731
+    offs = torch.tensor([5], dtype=torch.int32)
+    assert matched(Packed(1, N, K, body=grouped), (x(), offs), tolerance=2**-6) == ["grouped"]
+    chosen = lambda m, x, i: torch.bmm(m.w(i), x.unsqueeze(-1))  # noqa: E731
+    assert matched(Packed(E, 1, K, body=chosen), (x(), torch.tensor([0, 3, 7, 1, 1]))) == ["indexed"]
+
+
+UNSERVED = {
+    "mv": (lambda m, x: m.w() @ x[0], (x(),)),
+    "mul and sum": (lambda m, x: (x[:, None] * m.w()).sum(-1), (x(),)),
+    "addmm with alpha": (lambda m, x: torch.addmm(torch.ones(N), x, m.w().t(), alpha=2), (x(),)),
+    "conv": (lambda m, x: F.conv1d(x.t()[None], m.w()[:, :, None]), (x(),)),
+    "embedding": (lambda m, i: F.embedding(i, m.w()), (torch.tensor([1, 5, 7]),)),
+    "output": (lambda m, x: m.w(), (x(),)),
+}
+
+
+@pytest.mark.parametrize("name", UNSERVED)
+def test_no_dense_weight_goes_unreported(name):
+    body, inputs = UNSERVED[name]
+    assert "NVFP4 weight is dequantised for" in refused(Packed(N, K, body=body), inputs)
+
+
+def test_images_are_no_weights():
+    linear = nn.Linear(192, 8).requires_grad_(False)
+    image = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert matched(lambda im: linear((im.float() / 255).flatten(1)), (image,)) == []
+
+
+def test_branch_is_refused_truthfully():
+    """What a branch of torch.cond gets as a table is an input of its own, whose values only the call knows."""
+
+    def body(m, x):
+        return torch.cond(x.sum() > 0, lambda x: F.linear(x, m.w()), lambda x: -F.linear(x, m.w()), (x,))
+
+    assert "control-flow branch" in refused(Packed(N, K, body=body), (x(),))
