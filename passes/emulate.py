@@ -54,7 +54,17 @@ def emulate(graph: fx.Graph, constants: Mapping[Node, Tensor], names: Mapping[No
     graph.lint()
     matched = [_match(n, names, *sources.get(n, ("packed tensor", ()))) for n in graph.nodes if n.target in _OPS]
     refused += [*find_dequantized(graph), *find_spelled(graph, memo.recognise, known)]
-    return Report(matched, refused, graphs=1), tables
+    refused, notes = _apart_from_backward(graph, refused)
+    return Report(matched, refused, notes, graphs=1), tables
+
+
+def _apart_from_backward(graph: fx.Graph, refused: list[Refusal]) -> tuple[list[Refusal], list[str]]:
+    """Refusals of the forward pass, and a note on the others: gradients may use dense weights without any harm."""
+    backward = {n.name for n in graph.nodes if n.meta.get("partitioner_tag") == "is_backward"}
+    kept = [r for r in refused if r.node not in backward]
+    count = len(refused) - len(kept)
+    note = f"{count} products of the backward pass use dequantised weights: gradients are right, and take their memory"
+    return kept, [note] if count else []
 
 
 def _not_served(site: Site, error: CannotRewriteError) -> Refusal:
