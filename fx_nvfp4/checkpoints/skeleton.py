@@ -60,7 +60,12 @@ def build(config: Mapping[str, Any], dtype: torch.dtype | None, where: Path) -> 
             f"one that transformers {transformers.__version__} knows",
             "install a newer transformers",
         )
-    model_config = transformers.CONFIG_MAPPING[model_type].from_dict(plain)
+    try:
+        model_config = transformers.CONFIG_MAPPING[model_type].from_dict(plain)
+    except Exception as error:  # validation differs between transformers' versions, in types and in what it checks
+        raise mismatch(
+            where, f"what transformers refuses ({error})", f"a config of {model_type}", "correct it"
+        ) from error
     model_class = _model_class(transformers, plain, model_config, where)
     _set_dtype(model_config, dtype or _floating(model_config.dtype) or torch.bfloat16)
     with torch.device("meta"):
