@@ -11,7 +11,7 @@ from .kernels import dequantize as dequantize_kernels
 from .kernels import fake_quantize as activation_kernels
 from .kernels import grouped as grouped_kernels
 from .kernels import indexed as indexed_kernels
-from .reference import Activations, as_e4m3
+from .reference import Activations
 
 
 def linear(x: Tensor, qdata: Tensor, block_scale: Tensor, global_scale: Tensor, act: Activations) -> Tensor:
@@ -64,7 +64,7 @@ def _enter(x: Tensor, act: Activations, group: Tensor | None, groups: int) -> tu
     # The producers' own rules serve comparisons, and run as plain torch operations.
     row_scale = scale if per_group is None else scale[per_group.clamp(0, groups - 1)].unsqueeze(-1)
     packed, block_scale = nvfp4.quantize(x, row_scale, act.dialect)
-    return nvfp4.code_times_scale(packed, as_e4m3(block_scale), x.dtype), scale.float()
+    return nvfp4.code_times_scale(packed, block_scale, x.dtype), scale.float()
 
 
 def _dynamic_scale(x: Tensor, group: Tensor | None, groups: int) -> Tensor:

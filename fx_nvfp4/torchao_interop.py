@@ -7,10 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .format import unswizzle
+from .format import BLOCK, unswizzle
 from .tensor import NVFP4Weight
-
-_BLOCK = 16
 
 
 def is_torchao_nvfp4(tensor: object) -> bool:
@@ -57,8 +55,8 @@ def from_torchao_parts(
     [] or [E, 1, 1] (multipliers, fp32); act_per_tensor_scale None or [] (None: no second level, which is 1).
     """
     if swizzled:
-        rows, cols = qdata.shape[:-1].numel(), qdata.shape[-1] * 2 // _BLOCK
-        scale = _unswizzle_per_expert(scale, qdata, rows, cols)
+        # torchao swizzles the rows of all experts as one matrix.
+        scale = unswizzle(scale.reshape(-1), qdata.shape[:-1].numel(), qdata.shape[-1] * 2 // BLOCK)
     scale = scale.contiguous().view(*qdata.shape[:-1], -1)
     global_scale = torch.ones((), device=qdata.device) if per_tensor_scale is None else per_tensor_scale.float()
     global_scale = global_scale.squeeze(-1) if global_scale.dim() == 3 else global_scale
@@ -100,14 +98,9 @@ def to_torchao(weight: NVFP4Weight) -> Tensor:
     return NVFP4Tensor(
         weight.qdata,
         weight.block_scale,
-        _BLOCK,
+        BLOCK,
         weight.orig_dtype,
         per_tensor_scale=first[0].reshape(()) if weight.qdata.dim() == 2 else first.unsqueeze(-1),
         act_per_tensor_scale=None if weight.act_scale is None else weight.act_scale.float(),
         act_quant_kwargs=kwargs,
     )
-
-
-def _unswizzle_per_expert(scale: Tensor, qdata: Tensor, rows: int, cols: int) -> Tensor:
-    """torchao swizzles the rows of all experts as one matrix; with whole tiles per expert both ways agree."""
-    return unswizzle(scale.reshape(-1), rows, cols).view(*qdata.shape[:-1], cols)
