@@ -23,7 +23,7 @@ from .tensor import NVFP4Weight
 
 log = logging.getLogger("fx_nvfp4")
 
-OPTIONS: dict[str, Any] = {"strict": False}
+OPTIONS: dict[str, bool] = {"strict": False, "lift": True, "codegen": True}
 _PACKED_DTYPES = (torch.uint8, torch.int8, torch.int32, torch.float4_e2m1fn_x2)
 _collectors: list[Report] = []
 
@@ -41,8 +41,10 @@ def nvfp4_emu(
     Args:
         gm, example_inputs: as Dynamo calls a backend.
         mode: torch.compile's mode ("default", "reduce-overhead", "max-autotune", ...).
-        options: ours are ``{"strict": bool}``, raise where a packed weight would be dequantised instead of
-            warning; every other name goes to Inductor's config.
+        options: ours are ``"strict"`` (default False), raise where a packed weight would be dequantised instead of
+            warning; ``"lift"`` (default True), replace whole MoE blocks by one op and not just their products;
+            ``"codegen"`` (default True), False runs the rewritten graph op by op instead of generating code, which
+            tells an error of the rewriting from one of a kernel. Every other name goes to Inductor's config.
 
     Raises:
         NotEmulatedError: strict, and a packed weight is not emulated; names the site, the reason and what to do.
@@ -58,7 +60,7 @@ def nvfp4_emu(
     patches = compat.with_joint_pass({**compat.mode_patches(mode), **inductor}, graph_pass)
     key = _report_key(gm, example_inputs, graph_pass)
     guard = TableGuard(gm, tables) if tables else None
-    compiled = compat.compile_with_inductor(gm, example_inputs, patches, packed)
+    compiled = compat.compile_with_inductor(gm, example_inputs, patches, packed, ours["codegen"])
     if graph_pass.report is None:
         graph_pass.restore(key)
     else:
@@ -97,7 +99,7 @@ class EmulationPass(CustomGraphPass):
         inputs = compat.placeholder_inputs(graph)
         constants = {n: self._tables[i] for n, (i, attribute) in inputs.items() if i in self._tables and not attribute}
         names = {n: self._name(*source) for n, source in inputs.items()}
-        report, tables = emulate(graph, constants, names)
+        report, tables = emulate(graph, constants, names, lift=self._options["lift"])
         self.used_tables |= {inputs[node][0] for node in tables}
         # Branches of control flow are graphs of their own, and come before the one around them.
         self.report = self.report or Report()
@@ -170,8 +172,9 @@ def _refusals(report: Report) -> str:
 
 def _split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     ours = {**OPTIONS, **{name: value for name, value in options.items() if name in OPTIONS}}
-    if not isinstance(ours["strict"], bool):
-        raise RuntimeError(f"option 'strict' must be True or False, got {ours['strict']!r}")
+    for name, value in ours.items():
+        if not isinstance(value, bool):
+            raise RuntimeError(f"option {name!r} must be True or False, got {value!r}")
     return ours, compat.inductor_patches({k: v for k, v in options.items() if k not in OPTIONS})
 
 

@@ -75,12 +75,43 @@ class Refusal:
         return f"{self.where}{node}: {self.reason}" + (f". {self.advice}" if self.advice else "")
 
 
+@dataclass(frozen=True)
+class Block:
+    """A mixture-of-experts block around the products: one op now, or the reason why its products stay apart.
+
+    Attributes:
+        where: module path of its first product.
+        lifted: whether it runs as one ``fx_nvfp4.moe`` op.
+        experts, top_k: number of experts, and of those that a token chooses; 0 if not known.
+        activation: expression over g (gate) and u (up), e.g. "silu(g) * u"; "" if not known.
+        style: how the model laid out its products, e.g. "grouped", "indexed", "dense".
+        reason, advice: of a block that is not lifted, which rule did not hold, and what would make it hold.
+    """
+
+    where: str
+    lifted: bool
+    experts: int = 0
+    top_k: int = 0
+    activation: str = ""
+    style: str = ""
+    reason: str = ""
+    advice: str = ""
+
+    def __str__(self) -> str:
+        if not self.lifted:
+            return f"{self.where}: {self.reason}" + (f". {self.advice}" if self.advice else "")
+        return (
+            f"{self.where}: top {self.top_k} of {self.experts} experts, {self.activation}, from {self.style} products"
+        )
+
+
 @dataclass
 class Report:
-    """Sites of one or more compiled graphs. Prints as a table; ``matched`` and ``refused`` are plain lists."""
+    """Sites of one or more compiled graphs. Prints as a table; its fields are plain lists."""
 
     matched: list[Match] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
+    blocks: list[Block] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     graphs: int = 0
 
@@ -88,6 +119,7 @@ class Report:
         """Add the sites of another graph."""
         self.matched += other.matched
         self.refused += other.refused
+        self.blocks += other.blocks
         self.notes += [n for n in other.notes if n not in self.notes]
         self.graphs += other.graphs
 
@@ -98,7 +130,8 @@ class Report:
     def from_json(cls, text: str) -> Report:
         raw = json.loads(text)
         matched = [Match(**{**m, "notes": tuple(m["notes"])}) for m in raw["matched"]]
-        return cls(matched, [Refusal(**r) for r in raw["refused"]], raw["notes"], raw["graphs"])
+        refused, blocks = [Refusal(**r) for r in raw["refused"]], [Block(**b) for b in raw["blocks"]]
+        return cls(matched, refused, blocks, raw["notes"], raw["graphs"])
 
     def __str__(self) -> str:
         graphs = "1 graph" if self.graphs == 1 else f"{self.graphs} graphs"
@@ -106,6 +139,7 @@ class Report:
         header = ("module", "op", "weight", "activations in", "format", "recognised from")
         lines += _table([header, *(m.row() for m in self.matched)]) if self.matched else []
         lines += [f"refused: {r}" for r in self.refused]
+        lines += [f"{'block' if b.lifted else 'not lifted'}: {b}" for b in self.blocks]
         lines += [f"note: {m.where}: {n}" for m in self.matched for n in m.notes]
         return "\n".join(lines + [f"note: {n}" for n in self.notes])
 

@@ -21,7 +21,9 @@ from .verify import find_dequantized, find_spelled
 _OPS = {getattr(torch.ops.fx_nvfp4, name).default: name for name in ("linear", "batched", "indexed", "grouped")}
 
 
-def emulate(graph: fx.Graph, constants: Mapping[Node, Tensor], names: Mapping[Node, str]) -> tuple[Report, set[Node]]:
+def emulate(
+    graph: fx.Graph, constants: Mapping[Node, Tensor], names: Mapping[Node, str], lift: bool = True
+) -> tuple[Report, set[Node]]:
     """Rewrite every product with a packed weight in place.
 
     Before:  mm(x, permute(mul(index(lut, nibbles), scales)))
@@ -31,6 +33,7 @@ def emulate(graph: fx.Graph, constants: Mapping[Node, Tensor], names: Mapping[No
         graph: AOTAutograd's joint or forward graph.
         constants: known values of small static placeholders.
         names: what placeholders are called in the user's model.
+        lift: replace whole MoE blocks by one op where that is proven right.
 
     Returns:
         (report, placeholders whose values the rewriting relies on).
@@ -55,7 +58,7 @@ def emulate(graph: fx.Graph, constants: Mapping[Node, Tensor], names: Mapping[No
     matched = [_match(n, names, *sources.get(n, ("packed tensor", ()))) for n in graph.nodes if n.target in _OPS]
     refused += [*find_dequantized(graph), *find_spelled(graph, memo.recognise, known)]
     refused, notes = _apart_from_backward(graph, refused)
-    return Report(matched, refused, notes, graphs=1), tables
+    return Report(matched, refused, notes=notes, graphs=1), tables
 
 
 def _apart_from_backward(graph: fx.Graph, refused: list[Refusal]) -> tuple[list[Refusal], list[str]]:

@@ -83,7 +83,7 @@ def test_graph_breaks_are_said():
 
 def test_the_table_has_a_line_for_each_site():
     match = Match("a.b", "w", "grouped", 8, 64, 32, "s0 x 32", "bfloat16", "W4A16", "packed tensor", ("a hint",))
-    text = str(Report([match], [Refusal("a.c", "mm", "block of 32", "use blocks of 16")], ["a note"], 1))
+    text = str(Report([match], [Refusal("a.c", "mm", "block of 32", "use blocks of 16")], notes=["a note"], graphs=1))
     lines = text.splitlines()
     assert lines[0] == "nvfp4_emu: 1 NVFP4 products in 1 graph, 1 refused"
     assert "8 x 64 x 32" in lines[3]
@@ -92,7 +92,7 @@ def test_the_table_has_a_line_for_each_site():
 
 def test_a_report_survives_json():
     match = Match("a.b", "w", "linear", 0, 64, 32, "5 x 32", "float32", "W4A16", "f32(v * s)", ("hint",))
-    report = Report([match], [Refusal("a", "mm", "why")], ["note"], 2)
+    report = Report([match], [Refusal("a", "mm", "why")], notes=["note"], graphs=2)
     assert Report.from_json(report.to_json()) == report
 
 

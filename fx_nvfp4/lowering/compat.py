@@ -45,13 +45,25 @@ def with_joint_pass(patches: dict[str, Any], joint_pass: CustomGraphPass) -> dic
 
 
 def compile_with_inductor(
-    gm: fx.GraphModule, example_inputs: Sequence[Any], patches: dict[str, Any], keep_products: bool
+    gm: fx.GraphModule, example_inputs: Sequence[Any], patches: dict[str, Any], keep_products: bool, codegen: bool
 ) -> Callable[..., Any]:
-    """compile_fx under config patches; keep_products leaves one-row matrix products whole."""
+    """compile_fx under config patches.
+
+    keep_products leaves one-row matrix products whole; without codegen the graph runs op by op after all passes.
+    """
     from torch._inductor.compile_fx import compile_fx
 
+    inner = {} if codegen else {"inner_compile": _run_as_it_is}
+    if not codegen:
+        patches = {**patches, "force_disable_caches": True}
     with _products_kept(patches) if keep_products else contextlib.nullcontext():
-        return compile_fx(gm, example_inputs, config_patches=patches)  # type: ignore[arg-type, return-value]
+        return compile_fx(gm, example_inputs, config_patches=patches, **inner)  # type: ignore[arg-type, return-value]
+
+
+def _run_as_it_is(gm: fx.GraphModule, example_inputs: Sequence[Any], **_settings: Any) -> Callable[..., Any]:
+    from functorch.compile import make_boxed_func
+
+    return make_boxed_func(gm.forward)
 
 
 @contextlib.contextmanager
