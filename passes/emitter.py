@@ -11,6 +11,10 @@ from torch.fx import Node
 
 aten = torch.ops.aten
 
+# Metadata of a product that holds for what replaces it: its place in the model; and for the partitioner, on which side
+# it belongs and whether activation checkpointing wants it computed again.
+_INHERITED = ("nn_module_stack", "stack_trace", "seq_nr", "partitioner_tag", "recompute", "ac_graph_id")
+
 
 class CannotRewriteError(Exception):
     """A recognised product that no op serves; carries reason and advice."""
@@ -26,10 +30,7 @@ class Emitter:
     def __init__(self, graph: fx.Graph, before: Node) -> None:
         self._graph = graph
         self._fake_mode = before.meta["val"].fake_mode
-        self._meta: dict[str, Any] = {
-            k: before.meta[k] for k in ("nn_module_stack", "stack_trace", "seq_nr") if k in before.meta
-        }
-
+        self._meta: dict[str, Any] = {k: before.meta[k] for k in _INHERITED if k in before.meta}
         self._emitted: list[Node] = []
 
     def __call__(self, target: Any, *args: Any, **kwargs: Any) -> Node:

@@ -9,16 +9,18 @@ import torch
 from torch import Tensor, fx
 from torch.fx import Node
 
-from fx_nvfp4.report import Match, Refusal, Report
+from fx_nvfp4.report import Cost, Match, Refusal, Report
 
 from .emitter import CannotRewriteError
 from .experts import Memo, Site, find_sites
 from .nodes import hint
 from .place import origin, where
 from .rewrite import rewrite
+from .rewrite_grad import rewrite_grad, spell_out_fallback
 from .verify import find_dequantized, find_spelled
 
-_OPS = {getattr(torch.ops.fx_nvfp4, name).default: name for name in ("linear", "batched", "indexed", "grouped")}
+OP_NAMES = ("linear", "batched", "indexed", "grouped", "input_grad")
+_OPS = {getattr(torch.ops.fx_nvfp4, name).default: name for name in OP_NAMES}
 
 
 def emulate(
@@ -38,27 +40,31 @@ def emulate(
     Returns:
         (report, placeholders whose values the rewriting relies on).
     """
-    memo = Memo(constants)
-    sites, near_misses = find_sites(graph, memo)
+    memo, cost = Memo(constants), Cost()
+    with cost.stage("recognise"):
+        spell_out_fallback(graph, memo)
+        sites, near_misses = find_sites(graph, memo)
     known = {r.node for r in near_misses}
     sources: dict[Node, tuple[str, tuple[str, ...]]] = {}
     tables: set[Node] = set()
     refused = [Refusal(where(r.node), r.node.name, r.reason, r.advice) for r in near_misses]
-    for site in sites:
-        try:
-            done = rewrite(graph, site)
-        except CannotRewriteError as error:
-            refused.append(_not_served(site, error))
-            known.add(site.weight.operand)
-            continue
-        sources[done.op] = site.weight.formula, done.notes
-        tables.update(t for t in site.weight.tables if t.op == "placeholder")
-    graph.eliminate_dead_code()
-    graph.lint()
-    matched = [_match(n, names, *sources.get(n, ("packed tensor", ()))) for n in graph.nodes if n.target in _OPS]
-    refused += [*find_dequantized(graph), *find_spelled(graph, memo.recognise, known)]
-    refused, notes = _apart_from_backward(graph, refused)
-    return Report(matched, refused, notes=notes, graphs=1), tables
+    with cost.stage("rewrite"):
+        for site in sites:
+            try:
+                done = (rewrite_grad if site.contracts_rows else rewrite)(graph, site)
+            except CannotRewriteError as error:
+                refused.append(_not_served(site, error))
+                known.add(site.weight.operand)
+                continue
+            sources[done.op] = site.weight.formula, done.notes
+            tables.update(t for t in site.weight.tables if t.op == "placeholder")
+        graph.eliminate_dead_code()
+        graph.lint()
+    with cost.stage("verify"):
+        matched = [_match(n, names, *sources.get(n, ("packed tensor", ()))) for n in graph.nodes if n.target in _OPS]
+        refused += [*find_dequantized(graph), *find_spelled(graph, memo.recognise, known)]
+        refused, notes = _apart_from_backward(graph, refused)
+    return Report(matched, refused, notes=notes, graphs=1, cost=cost), tables
 
 
 def _apart_from_backward(graph: fx.Graph, refused: list[Refusal]) -> tuple[list[Refusal], list[str]]:
@@ -90,7 +96,16 @@ def _match(node: Node, names: Mapping[Node, str], source: str, notes: tuple[str,
         activations=_activations(node),
         source=source,
         notes=notes,
+        rows=_rows(node, x, qdata),
+        device=x.device.type,
     )
+
+
+def _rows(node: Node, x: Tensor, qdata: Tensor) -> int:
+    """Rows of x that one weight is expected to multiply."""
+    rows = hint(x.shape[:-1].numel()) if x.dim() else 0
+    shared = qdata.dim() == 3 and qdata.shape[0]
+    return -(-rows // hint(qdata.shape[0])) if shared else rows
 
 
 def _activations(node: Node) -> str:

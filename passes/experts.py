@@ -14,6 +14,7 @@ from torch.fx import Node
 
 from .cone import cone_key, cone_nodes
 from .found import Axis, PackedWeight, Refusal
+from .nodes import shape_of
 from .weights import recognise_weight
 
 aten = torch.ops.aten
@@ -41,6 +42,11 @@ class Site:
     @property
     def x(self) -> Node:
         return self.product.right if self.on_left else self.product.left
+
+    @property
+    def contracts_rows(self) -> bool:
+        """Whether the product sums over the weight's output rows, as the gradient of x does, and not over K."""
+        return self.weight.k_dim == len(shape_of(self.weight.operand)) - (2 if self.on_left else 1)
 
 
 def find_products(graph: fx.Graph) -> Iterator[Product]:

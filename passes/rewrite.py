@@ -34,16 +34,16 @@ class Rewritten:
 
 
 def rewrite(graph: fx.Graph, site: Site) -> Rewritten:
-    """Replace one product; the graph is unchanged if this raises.
+    """Replace one product that contracts K (:mod:`.rewrite_grad` has the others); nothing changes if this raises.
 
     Raises:
         CannotRewriteError: no op computes this product.
     """
-    layout = _Layout.of(site)
+    layout = Layout.of(site)
     emit = Emitter(graph, site.product.node)
     try:
         with graph.inserting_before(site.product.node):
-            weight = _canonical(emit, site.weight)
+            weight = canonical(emit, site.weight)
             op, y = _BUILDERS[layout.kind](emit, site, layout, weight)
             if site.product.bias is not None:
                 y = emit(aten.add.Tensor, y, site.product.bias)
@@ -59,7 +59,7 @@ def rewrite(graph: fx.Graph, site: Site) -> Rewritten:
 
 
 @dataclass(frozen=True)
-class _Layout:
+class Layout:
     """How a product uses the weight's [E, N] or [N] rows.
 
     kind: "linear", "merged" (all experts' rows side by side), "batched", "grouped", "indexed" (one expert a batch)
@@ -71,7 +71,7 @@ class _Layout:
     row: Axis
 
     @staticmethod
-    def of(site: Site) -> _Layout:
+    def of(site: Site) -> Layout:
         w = site.weight
         axes = [w.axis(d) for d in _row_dims(w)]
         if not 1 <= len(axes) <= 2:
@@ -80,7 +80,7 @@ class _Layout:
             )
         expert, row = (None, axes[0]) if len(axes) == 1 else (axes[0], axes[1])
         _check_operands(site)
-        return _Layout(_kind(site, expert, row), expert, row)
+        return Layout(_kind(site, expert, row), expert, row)
 
 
 def _kind(site: Site, expert: Axis | None, row: Axis) -> str:
@@ -127,9 +127,7 @@ def _splits_rows(expert: Axis, n_dim: int, size: int | None) -> bool:
 
 
 def _check_operands(site: Site) -> None:
-    w, x = site.weight, site.x.meta["val"]
-    if w.k_dim != len(shape(w.operand)) - (1 if site.on_left else 2):
-        raise CannotRewriteError("the product contracts the output rows, not K", "multiply x by the weight transposed")
+    x = site.x.meta["val"]
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or site.product.node.meta["val"].dtype != x.dtype:
         raise CannotRewriteError(f"activations are {x.dtype}", "use float32, bfloat16 or float16 for both operands")
     if site.product.offs is not None and (site.on_left or len(x.shape) != 2):
@@ -140,7 +138,7 @@ def _check_operands(site: Site) -> None:
 
 
 @dataclass(frozen=True)
-class _Weight:
+class CanonicalWeight:
     """Nodes of qdata [.., N, K/2] and block_scale [.., N, K/16] (uint8) and global_scale [.., N] (float32)."""
 
     qdata: Node
@@ -152,12 +150,12 @@ class _Weight:
         return self.qdata, self.block_scale, self.global_scale
 
 
-def _map(emit: Emitter, parts: Parts, target: Any, *args: Any) -> Parts:
+def map_parts(emit: Emitter, parts: Parts, target: Any, *args: Any) -> Parts:
     qdata, block_scale, global_scale = (emit(target, part, *args) for part in parts)
     return qdata, block_scale, global_scale
 
 
-def _canonical(emit: Emitter, w: PackedWeight) -> _Weight:
+def canonical(emit: Emitter, w: PackedWeight) -> CanonicalWeight:
     if w.scale_layout != "linear":
         raise CannotRewriteError("block scales lie in 128 x 4 tiles", "unswizzle them when the model is loaded")
     if _leading(w.scale_axes, w.block_scale, w.scale_dim) != _leading(w.qdata_axes, w.qdata, w.packed_dim):
@@ -173,7 +171,7 @@ def _canonical(emit: Emitter, w: PackedWeight) -> _Weight:
         )
         qdata = emit(aten.bitwise_or.Tensor, low, high)
     block_scale = _last(emit, w.block_scale, w.scale_dim, rows, notes)
-    return _Weight(qdata, block_scale, _global_scale(emit, w, rows), tuple(notes))
+    return CanonicalWeight(qdata, block_scale, _global_scale(emit, w, rows), tuple(notes))
 
 
 def _last(emit: Emitter, leaf: Node, dim: int, rows: Sequence[Any], notes: list[str]) -> Node:
@@ -236,35 +234,35 @@ def _row_dims(w: PackedWeight) -> list[int]:
 # One builder an op: (op node, result in place of the product)
 
 
-def _linear(emit: Emitter, site: Site, layout: _Layout, weight: _Weight) -> tuple[Node, Node]:
+def _linear(emit: Emitter, site: Site, layout: Layout, weight: CanonicalWeight) -> tuple[Node, Node]:
     parts = weight.parts()
     if layout.expert is not None:
-        parts = _map(emit, parts, aten.select.int, 0, layout.expert.value)
-    parts = _rows(emit, site, layout, parts, 0)
-    return _apply(emit, site, lambda x: emit(nvfp4.linear.default, x, *parts))
+        parts = map_parts(emit, parts, aten.select.int, 0, layout.expert.value)
+    parts = restrict_rows(emit, site, layout, parts, 0)
+    return apply_to_rows(emit, site, lambda x: emit(nvfp4.linear.default, x, *parts))
 
 
-def _merged(emit: Emitter, site: Site, layout: _Layout, weight: _Weight) -> tuple[Node, Node]:
+def _merged(emit: Emitter, site: Site, layout: Layout, weight: CanonicalWeight) -> tuple[Node, Node]:
     parts = [emit.view(p, [-1, *shape(p)[2:]]) for p in weight.parts()]
-    return _apply(emit, site, lambda x: emit(nvfp4.linear.default, x, *parts))
+    return apply_to_rows(emit, site, lambda x: emit(nvfp4.linear.default, x, *parts))
 
 
-def _batched(emit: Emitter, site: Site, layout: _Layout, weight: _Weight) -> tuple[Node, Node]:
-    parts = _rows(emit, site, layout, weight.parts(), 1)
-    return _apply(emit, site, lambda x: emit(nvfp4.batched.default, x, *parts))
+def _batched(emit: Emitter, site: Site, layout: Layout, weight: CanonicalWeight) -> tuple[Node, Node]:
+    parts = restrict_rows(emit, site, layout, weight.parts(), 1)
+    return apply_to_rows(emit, site, lambda x: emit(nvfp4.batched.default, x, *parts))
 
 
-def _grouped(emit: Emitter, site: Site, layout: _Layout, weight: _Weight) -> tuple[Node, Node]:
+def _grouped(emit: Emitter, site: Site, layout: Layout, weight: CanonicalWeight) -> tuple[Node, Node]:
     op = emit(nvfp4.grouped.default, site.x, *weight.parts(), site.product.offs)
     return op, op
 
 
-def _indexed(emit: Emitter, site: Site, layout: _Layout, weight: _Weight) -> tuple[Node, Node]:
+def _indexed(emit: Emitter, site: Site, layout: Layout, weight: CanonicalWeight) -> tuple[Node, Node]:
     """Batch b of x [B, M, K] meets expert ids[b]: M rows each."""
     assert layout.expert is not None
-    parts = _rows(emit, site, layout, weight.parts(), 1)
-    ids = _counted_from_zero(emit, emit.view(_ids(site, layout.expert), [-1]), weight)
-    m, n = _static(shape(site.product.node)[1 + site.on_left]), _n(site)
+    parts = restrict_rows(emit, site, layout, weight.parts(), 1)
+    ids = counted_from_zero(emit, emit.view(expert_ids(site, layout.expert), [-1]), weight)
+    m, n = static_size(shape(site.product.node)[1 + site.on_left]), rows_used(site)
     if m != 1:
         ids = emit.view(emit(aten.expand.default, emit(aten.unsqueeze.default, ids, 1), [-1, m]), [-1])
 
@@ -272,41 +270,41 @@ def _indexed(emit: Emitter, site: Site, layout: _Layout, weight: _Weight) -> tup
         op = emit(nvfp4.indexed.default, emit.view(x, [-1, shape(x)[-1]]), *parts, ids)
         return op, emit.view(op, [-1, m, n])
 
-    return _apply(emit, site, product)
+    return apply_to_rows(emit, site, product)
 
 
-def _spread(emit: Emitter, site: Site, layout: _Layout, weight: _Weight) -> tuple[Node, Node]:
+def _spread(emit: Emitter, site: Site, layout: Layout, weight: CanonicalWeight) -> tuple[Node, Node]:
     """Batch b of x [B, M, K] meets the rows of experts ids[b, :] side by side, as einsum lays them out."""
     assert layout.expert is not None
     assert layout.expert.node is not None
     ids = layout.expert.node
-    m, chosen = _static(shape(site.product.node)[1 + site.on_left]), _static(shape(ids)[1])
-    ids = _counted_from_zero(emit, ids, weight)
+    m, chosen = static_size(shape(site.product.node)[1 + site.on_left]), static_size(shape(ids)[1])
+    ids = counted_from_zero(emit, ids, weight)
     every = emit.view(emit(aten.expand.default, emit(aten.unsqueeze.default, ids, 1), [-1, m, -1]), [-1])
 
     def product(x: Node) -> tuple[Node, Node]:
         rows = emit(aten.expand.default, emit(aten.unsqueeze.default, x, 2), [-1, -1, chosen, -1])
         op = emit(nvfp4.indexed.default, emit.view(rows, [-1, shape(x)[-1]]), *weight.parts(), every)
-        return op, emit.view(op, [-1, m, _n(site)])
+        return op, emit.view(op, [-1, m, rows_used(site)])
 
-    return _apply(emit, site, product)
+    return apply_to_rows(emit, site, product)
 
 
-def _rows(emit: Emitter, site: Site, layout: _Layout, parts: Parts, dim: int) -> Parts:
+def restrict_rows(emit: Emitter, site: Site, layout: Layout, parts: Parts, dim: int) -> Parts:
     """parts restricted to the rows that the operand shows, for example those of gate or up."""
     if layout.row.kind == "dim":
         return parts
     start = layout.row.value or 0
-    return _map(emit, parts, aten.slice.Tensor, dim, start, start + _n(site))
+    return map_parts(emit, parts, aten.slice.Tensor, dim, start, start + rows_used(site))
 
 
-def _static(size: Any) -> int:
+def static_size(size: Any) -> int:
     if not isinstance(size, int):
         raise CannotRewriteError(f"the number of rows a batch, {size}, is symbolic", "flatten the rows to one a batch")
     return size
 
 
-def _ids(site: Site, expert: Axis) -> Node:
+def expert_ids(site: Site, expert: Axis) -> Node:
     """The node of expert ids, one per batch in order."""
     ids = expert.node
     assert ids is not None
@@ -324,11 +322,11 @@ def _ids(site: Site, expert: Axis) -> Node:
     return ids
 
 
-def _counted_from_zero(emit: Emitter, ids: Node, weight: _Weight) -> Node:
+def counted_from_zero(emit: Emitter, ids: Node, weight: CanonicalWeight) -> Node:
     """Ids as the ops take them: in indexing, -1 is the last expert."""
     if not ids.meta["val"].dtype.is_signed:
         return ids
-    from_end = emit(aten.add.Scalar, ids, _static(shape(weight.qdata)[0]))
+    from_end = emit(aten.add.Scalar, ids, static_size(shape(weight.qdata)[0]))
     return emit(aten.where.self, emit(aten.lt.Scalar, ids, 0), from_end, ids)
 
 
@@ -342,7 +340,7 @@ _BUILDERS = {
 }
 
 
-def _apply(emit: Emitter, site: Site, product: Callable[[Node], Any]) -> tuple[Node, Node]:
+def apply_to_rows(emit: Emitter, site: Site, product: Callable[[Node], Any]) -> tuple[Node, Node]:
     """product(x) for x [.., M, K]; a weight on the left takes and gives the other operand transposed."""
 
     def pair(x: Node) -> tuple[Node, Node]:
@@ -357,7 +355,7 @@ def _apply(emit: Emitter, site: Site, product: Callable[[Node], Any]) -> tuple[N
     return op, emit(aten.permute.default, y, order)
 
 
-def _n(site: Site) -> int:
+def rows_used(site: Site) -> int:
     sizes = shape(site.weight.operand)
     size = sizes[2 * len(sizes) - 3 - site.weight.k_dim]
     if not isinstance(size, int):
