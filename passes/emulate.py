@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -96,16 +97,15 @@ def _match(node: Node, names: Mapping[Node, str], source: str, notes: tuple[str,
         activations=_activations(node),
         source=source,
         notes=notes,
-        rows=_rows(node, x, qdata),
+        rows=_rows(x, qdata),
         device=x.device.type,
     )
 
 
-def _rows(node: Node, x: Tensor, qdata: Tensor) -> int:
-    """Rows of x that one weight is expected to multiply."""
-    rows = hint(x.shape[:-1].numel()) if x.dim() else 0
-    shared = qdata.dim() == 3 and qdata.shape[0]
-    return -(-rows // hint(qdata.shape[0])) if shared else rows
+def _rows(x: Tensor, qdata: Tensor) -> int:
+    """Rows of x that one weight is expected to multiply, if experts are chosen evenly."""
+    rows = math.prod(map(hint, x.shape[:-1]))
+    return -(-rows // hint(qdata.shape[0])) if qdata.dim() == 3 else rows
 
 
 def _activations(node: Node) -> str:
