@@ -3,7 +3,7 @@
 model = torch.compile(fx_nvfp4.load(path), backend="nvfp4_emu")
 """
 
-from . import dispatch, format, ops
+from . import activation, dispatch, format, moe, ops
 from .backend import nvfp4_emu
 from .checkpoint import CheckpointError, load
 from .explain import explain
@@ -18,11 +18,13 @@ __all__ = [
     "NVFP4Weight",
     "NotEmulatedError",
     "Report",
+    "activation",
     "dispatch",
     "explain",
     "format",
     "load",
     "load_file",
+    "moe",
     "nvfp4_emu",
     "ops",
     "save_file",

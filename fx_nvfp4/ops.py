@@ -24,6 +24,7 @@ from .reference import Activations
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 ACTIVATION_MODES = ("none", "static", "dynamic")
+X_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _WEIGHT = "Tensor x, Tensor qdata, Tensor block_scale, Tensor global_scale"
 _ACT = 'Tensor? act_scale=None, str activations="none", str dialect="hardware"'
@@ -40,19 +41,27 @@ def check_operands(
     expert_dims: int,
 ) -> None:
     """Raise ValueError, naming op and operand, unless shapes and dtypes are those of the module docstring."""
-    nvfp4.check_packed(qdata, reference.as_e4m3(block_scale))
-    if qdata.dim() != 2 + expert_dims:
-        raise ValueError(f"{op}: expected {2 + expert_dims}-D codes, got {list(qdata.shape)}")
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    check_weight(op, qdata, block_scale, global_scale, expert_dims)
+    if x.dtype not in X_DTYPES:
         raise ValueError(f"{op}: x must be float32, bfloat16 or float16, got {x.dtype}")
     if x.shape[-1] != qdata.shape[-1] * 2:
         raise ValueError(f"{op}: x has K = {x.shape[-1]}, the packed weight K = {qdata.shape[-1] * 2}")
+    check_activations(op, qdata, act_scale, activations)
+
+
+def check_weight(op: str, qdata: Tensor, block_scale: Tensor, global_scale: Tensor, expert_dims: int) -> None:
+    """Raise ValueError unless the three tensors form one packed weight, [N, K] or with expert_dims = 1 [E, N, K]."""
+    try:
+        nvfp4.check_packed(qdata, reference.as_e4m3(block_scale))
+    except ValueError as error:
+        raise ValueError(f"{op}: {error}") from None
+    if qdata.dim() != 2 + expert_dims:
+        raise ValueError(f"{op}: expected {2 + expert_dims}-D codes, got {list(qdata.shape)}")
     if global_scale.dtype != torch.float32 or global_scale.shape != qdata.shape[:-1]:
         raise ValueError(
             f"{op}: global_scale must be float32 {list(qdata.shape[:-1])}, one per output row, "
             f"got {global_scale.dtype} {list(global_scale.shape)}"
         )
-    _check_activations(op, qdata, act_scale, activations)
 
 
 def _check_routing(op: str, name: str, routing: Tensor, x: Tensor, length: int) -> None:
@@ -63,7 +72,8 @@ def _check_routing(op: str, name: str, routing: Tensor, x: Tensor, length: int) 
         )
 
 
-def _check_activations(op: str, qdata: Tensor, act_scale: Tensor | None, activations: str) -> None:
+def check_activations(op: str, qdata: Tensor, act_scale: Tensor | None, activations: str) -> None:
+    """Raise ValueError unless the mode is known and has the scale it needs."""
     if activations not in ACTIVATION_MODES:
         raise ValueError(f"{op}: activations must be one of {ACTIVATION_MODES}, got {activations!r}")
     if activations != "static":
@@ -74,7 +84,7 @@ def _check_activations(op: str, qdata: Tensor, act_scale: Tensor | None, activat
         raise ValueError(f"{op}: static activations need a float64 act_scale of shape {shapes}, got {found}")
 
 
-def _bodies(tensor: Tensor) -> ModuleType:
+def bodies(tensor: Tensor) -> ModuleType:
     """The module that computes on tensor's device."""
     if not tensor.is_cuda or not _HAS_TRITON:
         return reference
@@ -95,7 +105,7 @@ def linear(
 ) -> Tensor:
     """x [..., K] times one weight [N, K] transposed -> [..., N]."""
     check_operands("linear", x, qdata, block_scale, global_scale, act_scale, activations, 0)
-    return _bodies(x).linear(x, qdata, block_scale, global_scale, Activations(activations, act_scale, dialect))
+    return bodies(x).linear(x, qdata, block_scale, global_scale, Activations(activations, act_scale, dialect))
 
 
 @torch.library.custom_op("fx_nvfp4::batched", mutates_args=(), schema=f"({_WEIGHT}, {_ACT}) -> Tensor")
@@ -112,7 +122,7 @@ def batched(
     check_operands("batched", x, qdata, block_scale, global_scale, act_scale, activations, 1)
     if x.dim() != 3 or x.shape[0] != qdata.shape[0]:
         raise ValueError(f"batched: x must be [{qdata.shape[0]}, M, K], one batch an expert, got {list(x.shape)}")
-    return _bodies(x).batched(x, qdata, block_scale, global_scale, Activations(activations, act_scale, dialect))
+    return bodies(x).batched(x, qdata, block_scale, global_scale, Activations(activations, act_scale, dialect))
 
 
 @torch.library.custom_op("fx_nvfp4::indexed", mutates_args=(), schema=f"({_WEIGHT}, Tensor ids, {_ACT}) -> Tensor")
@@ -129,7 +139,7 @@ def indexed(
     """Row s of x [S, K] times the weight of expert ids[s] transposed -> [S, N]; ids outside 0..E-1 give zeros."""
     check_operands("indexed", x, qdata, block_scale, global_scale, act_scale, activations, 1)
     _check_routing("indexed", "ids", ids, x, x.shape[0])
-    return _bodies(x).indexed(x, qdata, block_scale, global_scale, ids, Activations(activations, act_scale, dialect))
+    return bodies(x).indexed(x, qdata, block_scale, global_scale, ids, Activations(activations, act_scale, dialect))
 
 
 @torch.library.custom_op("fx_nvfp4::grouped", mutates_args=(), schema=f"({_WEIGHT}, Tensor offs, {_ACT}) -> Tensor")
@@ -146,7 +156,7 @@ def grouped(
     """Rows of x [S, K] sorted by expert, expert e's ending at offs[e] -> [S, N]; rows past offs[-1] give zeros."""
     check_operands("grouped", x, qdata, block_scale, global_scale, act_scale, activations, 1)
     _check_routing("grouped", "offs", offs, x, qdata.shape[0])
-    return _bodies(x).grouped(x, qdata, block_scale, global_scale, offs, Activations(activations, act_scale, dialect))
+    return bodies(x).grouped(x, qdata, block_scale, global_scale, offs, Activations(activations, act_scale, dialect))
 
 
 @torch.library.custom_op(
@@ -161,7 +171,7 @@ def fake_quantize(x: Tensor, scale: Tensor, dialect: str = "hardware") -> Tensor
             f"fake_quantize: scale must be float64, [] or one per row of a 2-D x {list(x.shape)}, "
             f"got {scale.dtype} {list(scale.shape)}"
         )
-    return _bodies(x).fake_quantize(x, scale, dialect)
+    return bodies(x).fake_quantize(x, scale, dialect)
 
 
 @torch.library.custom_op(
@@ -171,7 +181,7 @@ def fake_quantize(x: Tensor, scale: Tensor, dialect: str = "hardware") -> Tensor
 )
 def dequantize(qdata: Tensor, block_scale: Tensor, global_scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The whole weight [.., N, K] in dtype. In a compiled graph each of these is reported: it undoes the packing."""
-    return _bodies(qdata).dequantize(qdata, block_scale, global_scale, dtype)
+    return bodies(qdata).dequantize(qdata, block_scale, global_scale, dtype)
 
 
 @torch.library.custom_op(
