@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -14,10 +15,12 @@ import torch
 from torch import Tensor, fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
+from .debug_files import DebugFiles
 from .dispatch import serve_transformers_fallback
+from .kernel_choice import with_choice
 from .lowering import compat
 from .passes.emulate import emulate
-from .report import NotEmulatedError, NVFP4Warning, Report, module_path
+from .report import Cost, NotEmulatedError, NVFP4Warning, Report, module_path
 from .tables import TableGuard, find_tables, hash_tables
 from .tensor import NVFP4Weight
 
@@ -56,16 +59,16 @@ def nvfp4_emu(
     ours, inductor = _split_options(options or {})
     packed = _holds_packed(example_inputs)
     tables = find_tables(gm, example_inputs) if packed else {}
-    graph_pass = EmulationPass(gm, ours, tables)
-    patches = compat.with_joint_pass({**compat.mode_patches(mode), **inductor}, graph_pass)
+    patches = {**compat.mode_patches(mode), **inductor}
+    folder = compat.debug_folder(patches)
+    graph_pass = EmulationPass(gm, ours, tables, DebugFiles(folder) if folder else None)
+    patches = compat.with_joint_pass(patches, graph_pass)
     key = _report_key(gm, example_inputs, graph_pass)
     guard = TableGuard(gm, tables) if tables else None
+    start = time.perf_counter()
     compiled = compat.compile_with_inductor(gm, example_inputs, patches, packed, ours["codegen"])
-    if graph_pass.report is None:
-        graph_pass.restore(key)
-    else:
-        graph_pass.save(key)
-    _publish(graph_pass.report, ours["strict"])
+    report = graph_pass.finish(key, time.perf_counter() - start if ours["codegen"] else 0.0)
+    _publish(report, ours["strict"])
     return guard.wrap(compiled, graph_pass.used_tables) if guard and graph_pass.used_tables else compiled
 
 
@@ -87,7 +90,10 @@ class EmulationPass(CustomGraphPass):
     After:   the same with fx_nvfp4 ops in place of the products that use them
     """
 
-    def __init__(self, gm: fx.GraphModule, options: Mapping[str, Any], tables: Mapping[int, Tensor]) -> None:
+    def __init__(
+        self, gm: fx.GraphModule, options: Mapping[str, Any], tables: Mapping[int, Tensor], files: DebugFiles | None
+    ) -> None:
+        self._files = files
         self._sources = compat.input_sources(gm)
         self._options = dict(options)
         self._tables = tables
@@ -99,7 +105,12 @@ class EmulationPass(CustomGraphPass):
         inputs = compat.placeholder_inputs(graph)
         constants = {n: self._tables[i] for n, (i, attribute) in inputs.items() if i in self._tables and not attribute}
         names = {n: self._name(*source) for n, source in inputs.items()}
+        if self._files:
+            self._files.add_graph("Graph before the pass", graph)
         report, tables = emulate(graph, constants, names, lift=self._options["lift"])
+        report.matched = [with_choice(m) for m in report.matched]
+        if self._files:
+            self._files.add_graph("Graph after the pass", graph)
         self.used_tables |= {inputs[node][0] for node in tables}
         # Branches of control flow are graphs of their own, and come before the one around them.
         self.report = self.report or Report()
@@ -107,23 +118,39 @@ class EmulationPass(CustomGraphPass):
         self.report.graphs = 1
         if report.refused and self._options["strict"]:
             # Raised here so that nothing is compiled, and no artifact kept, that a strict user did not allow.
+            self._write(self.report)
             raise NotEmulatedError(_refusals(report))
-        compat.write_artifact("fx_nvfp4_report", self.report.to_json())
 
     def uuid(self) -> Any:
         return self._uuid
 
-    def save(self, key: str) -> None:
+    def finish(self, key: str, seconds: float) -> Report:
+        """The report of the compilation, which took seconds, with the files and log entries that it leaves."""
+        if self.report is None:
+            report = self._restore(key)
+        else:
+            report = self.report
+            report.cost.compilation = seconds
+            self._save(key, report)
+        self._write(report)
+        return report
+
+    def _write(self, report: Report) -> None:
+        compat.write_artifact("fx_nvfp4_report", "json", report.to_json)
+        compat.write_artifact("fx_nvfp4_report_text", "string", lambda: report.table(full=True))
+        if self._files:
+            self._files.write(report)
+
+    def _save(self, key: str, report: Report) -> None:
         """Keep the report beside Inductor's artifacts: with a warm cache the pass will not run."""
-        assert self.report is not None
         path = compat.cache_folder() / "fx_nvfp4" / f"{key}.json"
-        content = {"report": self.report.to_json(), "tables": sorted(self.used_tables)}
+        content = {"report": report.to_json(), "tables": sorted(self.used_tables)}
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(content))
 
-    def restore(self, key: str) -> None:
-        """Read back what :meth:`save` kept when this graph was compiled first."""
+    def _restore(self, key: str) -> Report:
+        """Read back what :meth:`_save` kept when this graph was compiled first."""
         path = compat.cache_folder() / "fx_nvfp4" / f"{key}.json"
         try:
             content = json.loads(path.read_text())
@@ -131,10 +158,11 @@ class EmulationPass(CustomGraphPass):
             # Without the record nobody knows which tables were relied on: guard them all.
             self.used_tables = set(self._tables)
             note = "compiled from Inductor's cache and its report is gone; fx_nvfp4.explain() recompiles"
-            self.report = Report(notes=[note], graphs=1)
-            return
-        self.report = Report.from_json(content["report"])
+            return Report(notes=[note], graphs=1)
         self.used_tables = set(content["tables"])
+        report = Report.from_json(content["report"])
+        report.cost = Cost()  # the pass did not run
+        return report
 
     def _name(self, index: int, attribute: str) -> str:
         return module_path(self._sources[index][0]) if index < len(self._sources) else attribute
@@ -152,12 +180,13 @@ def collect_reports() -> Iterator[Report]:
         _collectors[:] = [c for c in _collectors if c is not report]
 
 
-def _publish(report: Report | None, strict: bool) -> None:
-    if report is None:
-        return
+def _publish(report: Report, strict: bool) -> None:
     for collector in _collectors:
         collector.extend(report)
-    log.info("%s", report)
+    if log.isEnabledFor(logging.DEBUG):
+        log.debug("%s", report.table(full=True))
+    else:
+        log.info("%s", report)
     if report.refused:
         if strict:
             raise NotEmulatedError(_refusals(report))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -187,17 +188,56 @@ def package_hash() -> str:
     return digest.hexdigest()
 
 
-def write_artifact(name: str, content: str) -> None:
-    """Leave JSON with the other files of this compilation: in the structured log and in the debug folder."""
-    from torch._dynamo.utils import get_debug_dir
+def write_artifact(name: str, encoding: str, content: Callable[[], str]) -> None:
+    """Leave text ("string") or JSON ("json") in the structured log of this compilation, where tlparse shows it.
+
+    content is called only if anybody keeps that log.
+    """
     from torch._logging import trace_structured
 
-    trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "json"}, payload_fn=lambda: content)
-    if config.trace.enabled:
-        folder = Path(get_debug_dir()) / "torchinductor"
-        folder.mkdir(parents=True, exist_ok=True)
-        number = len(list(folder.glob(f"{name}*.json")))
-        (folder / f"{name}_{number}.json").write_text(content)
+    trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": encoding}, payload_fn=content)
+
+
+def debug_folder(patches: Mapping[str, Any]) -> Path | None:
+    """Where Inductor, under patches, leaves a folder for each graph that it compiles; None unless debugging is on."""
+    from torch._dynamo.utils import get_debug_dir
+
+    if not patches.get("trace.enabled", config.trace.enabled):
+        return None
+    return Path(patches.get("trace.debug_dir", config.trace.debug_dir) or get_debug_dir()) / "torchinductor"
+
+
+@contextlib.contextmanager
+def graph_break_log(receive: Callable[[str], None]) -> Iterator[None]:
+    """Calls receive with what Dynamo logs at each graph break inside the block.
+
+    Through the log, as `graph_break_reasons` leaves out the functions that Dynamo gives up altogether.
+    """
+    from torch._dynamo.symbolic_convert import graph_break_log as log
+    from torch._dynamo.utils import reset_graph_break_dup_checker
+
+    handler = _Receiver(receive)
+    level, propagate = log.level, log.propagate
+    if not log.isEnabledFor(logging.DEBUG):
+        log.propagate = False  # nobody else has asked for these
+    log.setLevel(logging.DEBUG)
+    log.addHandler(handler)
+    reset_graph_break_dup_checker()  # it shortens the messages of breaks that are known to it
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+        log.propagate = propagate
+
+
+class _Receiver(logging.Handler):
+    def __init__(self, receive: Callable[[str], None]) -> None:
+        super().__init__(logging.DEBUG)
+        self._receive = receive
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._receive(record.getMessage())
 
 
 def is_real(tensor: object) -> bool:
