@@ -104,6 +104,7 @@ class EmulationPass(CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         inputs = compat.placeholder_inputs(graph)
         constants = {n: self._tables[i] for n, (i, attribute) in inputs.items() if i in self._tables and not attribute}
+        constants.update(compat.tensor_constants(graph))
         names = {n: self._name(*source) for n, source in inputs.items()}
         if self._files:
             self._files.add_graph("Graph before the pass", graph)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import operator
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -157,6 +158,13 @@ def placeholder_inputs(graph: fx.Graph) -> dict[fx.Node, tuple[int, str]]:
         if isinstance(described, PlainAOTInput):
             found[node] = described.idx, attribute
     return found
+
+
+def tensor_constants(graph: fx.Graph) -> dict[fx.Node, Tensor]:
+    """Nodes of tensors that the traced code made of literals -> values, which are part of the graph."""
+    module = graph.owning_module
+    found = {n: operator.attrgetter(str(n.target))(module) for n in graph.find_nodes(op="get_attr")} if module else {}
+    return {n: value for n, value in found.items() if is_real(value)}
 
 
 def cache_folder() -> Path:
