@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,24 +10,26 @@ from torch.fx import Node
 
 from .coords import Edge
 from .nodes import shape_of
-from .sampler import Leaf, Sampler
+from .sampler import Sampler
 
 _FANOUT = 32  # parts that one round of the search divides a stretch into
 _BESIDE = 48  # samples on either side of an edge
 _MAX_EDGES = 64
 
 
-def with_boundaries(node: Node, leaf: Leaf, index: Tensor, generator: torch.Generator, rounds: int = 3) -> Tensor:
+def with_boundaries(
+    node: Node, make: Callable[[], Sampler], index: Tensor, generator: torch.Generator, rounds: int = 3
+) -> Tensor:
     """`index` [S, rank], and coordinates on both sides of every edge that evaluating `node` meets.
 
     A single row that differs among many would escape random coordinates: cat, scatters and comparisons of coordinates
     leave edges in the evaluation, and each is followed back to coordinates of `node` by search. What lies behind an
-    edge may have edges of its own, hence the rounds. Raises `Unsupported`.
+    edge may have edges of its own, hence the rounds. `make` gives the samplers. Raises `Unsupported`.
     """
     shape = torch.tensor(shape_of(node), dtype=torch.int64)
     searched: set[tuple[Node, int, int]] = set()
     for _ in range(rounds):
-        sampler = Sampler(leaf)
+        sampler = make()
         sampler.evaluate(node, index)
         ends = {
             key: pair
@@ -37,7 +39,7 @@ def with_boundaries(node: Node, leaf: Leaf, index: Tensor, generator: torch.Gene
         if not ends:
             break
         searched |= ends.keys()
-        sides, dims = _approach(node, leaf, ends)
+        sides, dims = _approach(node, make, ends)
         beside = sides[:, :, None].expand(-1, -1, _BESIDE, -1)
         anywhere = (torch.rand(beside.shape, generator=generator) * shape).long()
         fixed = torch.arange(len(shape)) == dims[:, None]
@@ -60,9 +62,9 @@ def _sides(edge: Edge, index: Tensor) -> tuple[Tensor, Tensor] | None:
     return index[nearest_below], index[nearest_above]
 
 
-def _states(node: Node, leaf: Leaf, keys: Sequence[tuple[Node, int, int]], points: Tensor) -> Tensor:
+def _states(node: Node, make: Callable[[], Sampler], keys: Sequence[tuple[Node, int, int]], points: Tensor) -> Tensor:
     """On which side of its edge each of points [edges, P, rank] lies: 0 below, 1 above, -1 if it never comes there."""
-    sampler = Sampler(leaf)
+    sampler = make()
     edges, count, rank = points.shape
     sampler.evaluate(node, points.reshape(-1, rank))
     states = torch.full((edges, edges * count), -1)
@@ -73,7 +75,7 @@ def _states(node: Node, leaf: Leaf, keys: Sequence[tuple[Node, int, int]], point
 
 
 def _approach(
-    node: Node, leaf: Leaf, ends: dict[tuple[Node, int, int], tuple[Tensor, Tensor]]
+    node: Node, make: Callable[[], Sampler], ends: dict[tuple[Node, int, int], tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor]:
     """Neighbours on both sides of each edge, [edges, 2, rank], and the dimension [edges] in which they differ."""
     keys = list(ends)
@@ -82,7 +84,7 @@ def _approach(
     # From one end to the other changing a dimension at a time: the edge is crossed within one of these legs.
     swapped = torch.arange(rank) < torch.arange(rank + 1)[:, None]
     path = torch.where(swapped, high[:, None], low[:, None])
-    states = _states(node, leaf, keys, path)
+    states = _states(node, make, keys, path)
     dims = (states != states[:, :1]).long().argmax(1).clamp(min=1) - 1
     low, high = path[every, dims], path[every, dims + 1]
     start = states[:, :1]
@@ -91,6 +93,6 @@ def _approach(
         points = low[:, None].repeat(1, _FANOUT + 1, 1)
         begin, length = low[every, dims], (high - low)[every, dims]
         points[every, :, dims] = begin[:, None] + length[:, None] * steps // _FANOUT
-        crossed = (_states(node, leaf, keys, points) != start).long().argmax(1).clamp(min=1)
+        crossed = (_states(node, make, keys, points) != start).long().argmax(1).clamp(min=1)
         low, high = points[every, crossed - 1], points[every, crossed]
     return torch.stack((low, high), 1), dims

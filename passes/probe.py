@@ -159,7 +159,8 @@ def probe_cone(cone: Cone, constants: Mapping[Node, Tensor]) -> Probe:
     generator = torch.Generator().manual_seed(0)
     coords = _first_coords(shape_of(cone.operand), generator)
     promoted: frozenset[Node] = frozenset()
-    small = with_boundaries(cone.operand, Leaves(cone, constants, promoted), coords[:_FIRST], generator)
+    leaves = Leaves(cone, constants, promoted)
+    small = with_boundaries(cone.operand, lambda: Sampler(leaves), coords[:_FIRST], generator)
     coords = torch.cat((small, coords[_FIRST:]))
     while True:
         probe = Probe(cone, coords, Leaves(cone, constants, promoted))

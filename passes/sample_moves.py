@@ -13,10 +13,11 @@ from torch.fx import Node
 
 from .coords import Coords, stack_columns, unravel
 from .nodes import hint, shape_of
-from .sampler import Sampler, handles, handles_item, number
+from .sampler import MOVES, Sampler, number
 
 aten = torch.ops.aten
 prims = torch.ops.prims
+handles, handles_item = MOVES.handles, MOVES.handles_item
 
 
 @handles(aten.clone.default, aten.alias.default, aten.detach.default, aten.lift_fresh.default)

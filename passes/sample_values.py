@@ -11,10 +11,11 @@ from torch.fx import Node
 
 from .coords import Coords, stack_columns, unravel
 from .nodes import shape_of
-from .sampler import Sampler, Unsupported, handles, handles_item, number
+from .sampler import ATEN, Sampler, Unsupported, number
 
 aten = torch.ops.aten
 prims = torch.ops.prims
+handles, handles_item = ATEN.handles, ATEN.handles_item
 
 MAX_REDUCED = 1024  # elements that one sample may reduce over
 MAX_ELEMENTS = 1 << 22  # values that one step may hold

@@ -61,32 +61,56 @@ class _Rule:
     when: Condition | None
 
 
-_RULES: dict[Any, _Rule] = {}
-_ITEM_RULES: dict[Any, _Rule] = {}
+class Rules:
+    """Handlers by op, and all those of the rules that it `includes`: what a `Sampler` can walk through."""
+
+    def __init__(self, *includes: Rules) -> None:
+        self._includes = includes
+        self._ops: dict[Any, _Rule] = {}
+        self._items: dict[Any, _Rule] = {}
+
+    def handles(self, *ops: Any, when: Condition | None = None) -> Callable[[Handler], Handler]:
+        """Registers a handler of ops: (sampler, node, arguments by name, coordinates of the result) -> values [S].
+
+        A `torch.Tag` stands for all ops that carry it and have no handler of their own. `when` says by a call's
+        arguments whether the call is supported.
+        """
+
+        def register(handler: Handler) -> Handler:
+            self._ops.update(dict.fromkeys(ops, _Rule(handler, when)))
+            return handler
+
+        return register
+
+    def handles_item(self, *ops: Any, when: Condition | None = None) -> Callable[[Handler], Handler]:
+        """The same for `getitem` of ops that return several tensors; `arguments.item` is which."""
+
+        def register(handler: Handler) -> Handler:
+            self._items.update(dict.fromkeys(ops, _Rule(handler, when)))
+            return handler
+
+        return register
+
+    def of(self, node: Node) -> _Rule | None:
+        """The rule for a node."""
+        if node.op != "call_function":
+            return None
+        if node.target is operator.getitem:
+            return self._find("_items", getattr(node.args[0], "target", None))
+        if rule := self._find("_ops", node.target):
+            return rule
+        tags = getattr(node.target, "tags", ())
+        if torch.Tag.nondeterministic_seeded in tags:
+            return None
+        return next((rule for tag in tags if (rule := self._find("_ops", tag))), None)
+
+    def _find(self, table: str, key: Any) -> _Rule | None:
+        own = getattr(self, table).get(key)
+        return own or next((rule for rules in self._includes if (rule := rules._find(table, key))), None)
 
 
-def handles(*ops: Any, when: Condition | None = None) -> Callable[[Handler], Handler]:
-    """Registers a handler of ops: (sampler, node, arguments by name, coordinates of the result) -> values [S].
-
-    A `torch.Tag` stands for all ops that carry it and have no handler of their own. `when` says by a call's arguments
-    whether the call is supported.
-    """
-
-    def register(handler: Handler) -> Handler:
-        _RULES.update(dict.fromkeys(ops, _Rule(handler, when)))
-        return handler
-
-    return register
-
-
-def handles_item(*ops: Any, when: Condition | None = None) -> Callable[[Handler], Handler]:
-    """The same for `getitem` of ops that return several tensors; `arguments.item` is which."""
-
-    def register(handler: Handler) -> Handler:
-        _ITEM_RULES.update(dict.fromkeys(ops, _Rule(handler, when)))
-        return handler
-
-    return register
+MOVES = Rules()  # results are elements of inputs
+ATEN = Rules(MOVES)
 
 
 def inputs_of(node: Node) -> list[Node]:
@@ -103,23 +127,10 @@ def _source(node: Node) -> Node:
 
 def is_supported(node: Node) -> bool:
     """Whether `Sampler` can walk through a node. What it cannot is where a cone of ops ends."""
-    rule = _rule(node)
+    rule = ATEN.of(node)
     if rule is None or not is_tensor(node):
         return False
     return rule.when is None or rule.when(arguments(_source(node)))
-
-
-def _rule(node: Node) -> _Rule | None:
-    if node.op != "call_function":
-        return None
-    if node.target is operator.getitem:
-        return _ITEM_RULES.get(getattr(node.args[0], "target", None))
-    if rule := _RULES.get(node.target):
-        return rule
-    tags = getattr(node.target, "tags", ())
-    if torch.Tag.nondeterministic_seeded in tags:
-        return None
-    return next((_RULES[tag] for tag in tags if tag in _RULES), None)
 
 
 class Sampler:
@@ -128,6 +139,8 @@ class Sampler:
     `leaf(node, coords)` returns the values [S] of a node that is not to be walked through, or None. After `evaluate`,
     `reads` tells what each leaf was asked for and `edges` where the way through the graph depends on coordinates.
     """
+
+    rules = ATEN
 
     def __init__(self, leaf: Leaf) -> None:
         self.reads: dict[Node, list[Coords]] = {}
@@ -156,7 +169,7 @@ class Sampler:
         return self._values[key][0]
 
     def _compute(self, node: Node, at: Coords) -> Tensor:
-        rule = _rule(node)
+        rule = self.rules.of(node)
         if rule is None or not is_tensor(node):
             raise Unsupported(node, "no rule to evaluate it at sampled coordinates")
         source = _source(node)

@@ -295,7 +295,7 @@ def test_boundaries_are_found(name):
     generator = torch.Generator().manual_seed(0)
     start = torch.stack([torch.randint(0, n, (64,), generator=generator) for n in (BIG, 3)], 1)
     start[0], start[1] = torch.zeros(2), torch.tensor((BIG - 1, 2))
-    found = with_boundaries(traced.operand, leaf, start, generator)
+    found = with_boundaries(traced.operand, lambda: Sampler(leaf), start, generator)
     assert torch.equal(found[:64], start)
     assert rows <= set(found[:, 0].tolist())
     assert len(found) > 64
@@ -308,7 +308,7 @@ def test_boundary_behind_a_boundary_is_found():
     )
     leaf = lambda node, at: at.index[:, 0].float() if node in traced.inputs else None  # noqa: E731
     start = torch.stack((torch.arange(0, 5000, 100), torch.arange(0, 3000, 60)), 1)
-    found = with_boundaries(traced.operand, leaf, start, torch.Generator().manual_seed(0))
+    found = with_boundaries(traced.operand, lambda: Sampler(leaf), start, torch.Generator().manual_seed(0))
     assert ((found == torch.tensor((123, 999))).all(1)).any()
 
 
