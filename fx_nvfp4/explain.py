@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from .backend import collect_reports, nvfp4_emu
 from .graph_breaks import BreakLog
 from .lowering import compat
-from .report import ROOT, GraphBreak, Match, Refusal, Report, module_path
+from .report import ROOT, Cost, GraphBreak, Refusal, Report, module_path
 from .tensor import NVFP4Weight
 from .torchao_interop import is_torchao_nvfp4
 
@@ -36,49 +36,79 @@ def explain(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
         packed weight that no compiled graph used is refused too, with the break that is likely to hide it.
     """
     model = getattr(model, "_orig_mod", model)
-    root = model if isinstance(model, torch.nn.Module) else getattr(model, "__self__", None)
-    weights = _Weights(root if isinstance(root, torch.nn.Module) else torch.nn.Module())
-    report, breaks = Report(), BreakLog()
+    owner = model if isinstance(model, torch.nn.Module) else getattr(model, "__self__", None)
+    root = owner if isinstance(owner, torch.nn.Module) else torch.nn.Module()
+    sites, breaks = _Sites(root), BreakLog()
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         with collect_reports() as part:
             compiled = nvfp4_emu(gm, example_inputs, options={"codegen": False})
-        report.extend(weights.named(part, gm, example_inputs))
-        return compiled
+        return sites.recorded(compiled, part, [name for name, _ in compat.input_sources(gm)])
 
     torch._dynamo.reset()
-    with breaks.listen(), compat.without_caches():
+    with breaks.listen(), compat.without_caches(), compat.uncompiled(root):
         torch.compile(model, backend=backend)(*args, **kwargs)
     torch._dynamo.reset()
-    unused = weights.unused()
+    report, unused = sites.report, sites.unused()
     report.breaks = breaks.breaks(root, [name for name, _ in unused])
-    report.refused += [_refusal(name, dims, report.breaks) for name, dims in unused]
+    report.refused += [_refusal(name, shape, report.breaks) for name, shape in unused]
     report.notes += _hints(root, report)
     return report
 
 
-class _Weights:
-    """The packed weights of a model, by identity: a graph knows them by the names that its own function uses."""
+class _Sites:
+    """The sites of all graphs that ran, named as in the model.
+
+    A graph knows its weights by the names that its own function uses, and equal layers share one graph where Dynamo
+    compiles layer by layer: whose weights they are shows at each run.
+    """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self._names = {id(tensor): name for name, tensor in _tensors(model)}
+        self.report = Report()
+        self._names = {id(tensor): name.replace("_orig_mod.", "") for name, tensor in _tensors(model)}
         self._packed = {id(tensor): (name, list(tensor.shape)) for name, tensor in _packed(model)}
         self._used: set[int] = set()
+
+    def recorded(self, compiled: Callable[..., Any], part: Report, sources: Sequence[str]) -> Callable[..., Any]:
+        """compiled, which adds its sites once for each set of weights that it runs with."""
+        seen: set[_Moves] = set()
+        inside = [module_path(source) for source in sources]
+
+        def run(*args: Any) -> Any:
+            self._used.update(map(id, args))
+            moves = self._moves(inside, args)
+            if moves not in seen:
+                self.report.extend(_moved(part, moves))
+                part.graphs, part.cost = 0, Cost()  # counted now
+                seen.add(moves)
+            return compiled(*args)
+
+        return run
 
     def unused(self) -> list[tuple[str, list[int]]]:
         """(name, shape) of the packed weights that entered no graph."""
         return [found for key, found in self._packed.items() if key not in self._used]
 
-    def named(self, report: Report, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Report:
-        """A graph's report with names as in the model, also if the graph is that of a module inside it."""
-        self._used.update(map(id, example_inputs))
-        prefixes = set()
-        for (source, _), value in zip(compat.input_sources(gm), example_inputs, strict=False):
-            name, inside = self._names.get(id(value), ""), module_path(source)
-            if name and (name == inside or name.endswith(f".{inside}")):
-                prefixes.add(name.removesuffix(inside))
-        prefix = prefixes.pop() if len(prefixes) == 1 else ""
-        return _moved(report, prefix) if prefix else report
+    def _moves(self, inside: Sequence[str], args: Sequence[Any]) -> _Moves:
+        """(path in the graph, path in the model) of the modules that the graph's inputs belong to."""
+        names = (
+            (path, self._names[id(value)])
+            for path, value in zip(inside, args, strict=False)
+            if id(value) in self._names
+        )
+        # The longest first, so that it is found before those that it lies in.
+        return tuple(sorted({_unlike(path, name) for path, name in names}, key=lambda move: -len(move[0])))
+
+
+_Moves = tuple[tuple[str, str], ...]
+
+
+def _unlike(a: str, b: str) -> tuple[str, str]:
+    """Two dotted paths without the end that they share: m.experts.w and layers.0.experts.w -> m and layers.0."""
+    left, right = a.split("."), b.split(".")
+    while left and right and left[-1] == right[-1]:
+        left, right = left[:-1], right[:-1]
+    return ".".join(left), ".".join(right)
 
 
 def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -99,31 +129,25 @@ def _packed(model: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield name, tensor
 
 
-def _moved(report: Report, prefix: str) -> Report:
-    """A report whose names begin at the model and not at the module inside it that was traced."""
+def _moved(report: Report, moves: _Moves) -> Report:
+    """A report whose paths begin at the model and not at what the traced function calls its modules."""
 
     def path(name: str) -> str:
-        return prefix.removesuffix(".") if name == ROOT else prefix + name
-
-    def match(m: Match) -> Match:
-        return dataclasses.replace(m, where=_placed(m.where, path), weight=prefix + m.weight)
+        name, line = ("", name.removeprefix(ROOT)) if name.startswith(ROOT) else (name, "")
+        for old, new in moves:
+            if not old or name == old or name.startswith(f"{old}."):
+                name = ".".join(filter(None, (new, name.removeprefix(old).removeprefix("."))))
+                break
+        return (name or ROOT) + line
 
     return dataclasses.replace(
         report,
-        matched=[match(m) for m in report.matched],
-        refused=[dataclasses.replace(r, where=_placed(r.where, path)) for r in report.refused],
+        matched=[dataclasses.replace(m, where=path(m.where), weight=path(m.weight)) for m in report.matched],
+        refused=[dataclasses.replace(r, where=path(r.where)) for r in report.refused],
         blocks=[
-            dataclasses.replace(b, where=_placed(b.where, path), weights=tuple(prefix + w for w in b.weights))
-            for b in report.blocks
+            dataclasses.replace(b, where=path(b.where), weights=tuple(map(path, b.weights))) for b in report.blocks
         ],
     )
-
-
-def _placed(where: str, path: Callable[[str], str]) -> str:
-    """A module path moved; where there was only a line of code, the module before it."""
-    if not where.startswith(ROOT):
-        return path(where)
-    return path(ROOT) + where.removeprefix(ROOT)
 
 
 def _refusal(name: str, shape: list[int], breaks: Sequence[GraphBreak]) -> Refusal:
@@ -131,8 +155,8 @@ def _refusal(name: str, shape: list[int], breaks: Sequence[GraphBreak]) -> Refus
     if hidden_by is None:
         advice = "the model did not call it for these inputs, or not under torch.compile"
     else:
-        hint = f". {hidden_by.hints[0]}" if hidden_by.hints else ""
-        advice = f"it runs outside of all graphs, likely as the graph breaks at {hidden_by}{hint}"
+        place = f"{hidden_by.file}:{hidden_by.line} ({hidden_by.reason})"
+        advice = f"it runs outside of all graphs, likely because of the graph break at {place}"
     return Refusal(name, "", f"{_UNUSED} {shape}", advice)
 
 

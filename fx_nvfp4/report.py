@@ -272,7 +272,7 @@ def _record(kind: type[_Record], raw: Mapping[str, Any]) -> _Record:
 
 def module_path(source: str) -> str:
     """Dynamo's source of a module or parameter as a dotted path: "L['self'].layers[0].mlp" -> "layers.0.mlp"."""
-    path = re.sub(r"\._(modules|parameters|buffers)\b", "", source)
+    path = re.sub(r"\._(modules|parameters|buffers|orig_mod)\b", "", source)
     path = re.sub(r"\[['\"]?([^\]'\"]+)['\"]?\]", r".\1", path)
     path = re.sub(r"^(L|G)\.", "", path)
     return re.sub(r"^(self|fn|mod)(\.|$)", "", path) or ROOT

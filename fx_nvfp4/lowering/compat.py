@@ -248,6 +248,24 @@ class _Receiver(logging.Handler):
         self._receive(record.getMessage())
 
 
+@contextlib.contextmanager
+def uncompiled(model: torch.nn.Module) -> Iterator[None]:
+    """A model without what ``module.compile()`` and ``module.forward = torch.compile(module.forward)`` left in it."""
+    calls = {m: m._compiled_call_impl for m in model.modules() if m._compiled_call_impl is not None}
+    forwards = {m: vars(m)["forward"] for m in model.modules() if "forward" in vars(m)}
+    for module in calls:
+        module._compiled_call_impl = None
+    for module, forward in forwards.items():
+        module.forward = getattr(forward, "_torchdynamo_orig_callable", forward)
+    try:
+        yield
+    finally:
+        for module, call in calls.items():
+            module._compiled_call_impl = call
+        for module, forward in forwards.items():
+            module.forward = forward
+
+
 def is_real(tensor: object) -> bool:
     """Whether a graph input holds values: compiling ahead of time passes fake ones."""
     return isinstance(tensor, Tensor) and not isinstance(tensor, torch._subclasses.FakeTensor)
