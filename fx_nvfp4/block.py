@@ -36,6 +36,11 @@ class Projection:
         """The last arguments of an op of the op set."""
         return self.act.scale, self.act.mode, self.act.dialect
 
+    def rows(self, rows: slice) -> Projection:
+        """The projection to some of the outputs, as views."""
+        weight = (t[:, rows] for t in (self.qdata, self.block_scale.view(torch.uint8), self.global_scale))
+        return Projection(*weight, None if self.bias is None else self.bias[:, rows], self.act)
+
     def of_expert(self, e: int) -> tuple[Tensor, Tensor, Tensor, Activations]:
         """What reference.matmul takes."""
         return self.qdata[e], self.block_scale.view(torch.uint8)[e], self.global_scale[e], self.act.of_expert(e)

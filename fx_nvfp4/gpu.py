@@ -6,11 +6,15 @@ import torch
 from torch import Tensor
 
 from . import format as nvfp4
+from .block import Block, Projection
 from .kernels import batched as batched_kernels
 from .kernels import dequantize as dequantize_kernels
 from .kernels import fake_quantize as activation_kernels
 from .kernels import grouped as grouped_kernels
 from .kernels import indexed as indexed_kernels
+from .kernels import input_grad as gradient_kernels
+from .kernels import moe as moe_kernels
+from .kernels import routing as routing_kernels
 from .reference import Activations
 
 
@@ -41,6 +45,20 @@ def grouped(
     return grouped_kernels.grouped(operand, qdata, block_scale, global_scale, offs, out_scale)
 
 
+def moe(x: Tensor, ids: Tensor, weights: Tensor, block: Block) -> Tensor:
+    order, offs = routing_kernels.sort_slots(ids, block.experts)
+    top, slot_ids = max(ids.shape[1], 1), ids.reshape(-1)
+    # Rows that are multiplied by their weight, or rounded with the scale of their expert, are no longer x's rows.
+    apart = block.weighted == "input" or any(p.act.needs_experts for p in block.up)
+    if apart:
+        x, top = x.repeat_interleave(top, dim=0), 1
+    x = block.enter(x, weights.reshape(-1))
+    ups = [_operand(x, p, slot_ids if apart else None) for p in _halves(block)]
+    h = moe_kernels.up(ups[-1], ups[0] if len(ups) == 2 else None, order, offs, top, block.activation.to_triton())
+    y = moe_kernels.down(_operand(h, block.down, slot_ids), order, offs)
+    return moe_kernels.combine(y, ids, weights if block.weighted == "output" else None, block.experts)
+
+
 def fake_quantize(x: Tensor, scale: Tensor, dialect: str) -> Tensor:
     if dialect != "hardware" or scale.dim() > 1:
         return nvfp4.fake_quantize(x, scale if scale.dim() == 0 else scale.unsqueeze(-1), dialect)
@@ -50,6 +68,37 @@ def fake_quantize(x: Tensor, scale: Tensor, dialect: str) -> Tensor:
 
 def dequantize(qdata: Tensor, block_scale: Tensor, global_scale: Tensor, dtype: torch.dtype) -> Tensor:
     return dequantize_kernels.dequantize(qdata, block_scale, global_scale, dtype)
+
+
+def _halves(block: Block) -> list[Projection]:
+    """Gate and up, or up alone, as views of the weights that hold them."""
+    if block.layout in ("separate", "plain"):
+        return list(block.up)
+    both, middle = block.up[0], block.up[0].qdata.shape[1] // 2
+    rows = (slice(None, None, 2), slice(1, None, 2)) if block.layout == "interleaved" else (
+        slice(None, middle), slice(middle, None))  # fmt: skip
+    return [both.rows(half) for half in rows]
+
+
+def _operand(x: Tensor, p: Projection, group: Tensor | None) -> moe_kernels.Operand:
+    operand, out_scale = _enter(x, p.act, group, p.qdata.shape[0])
+    return moe_kernels.Operand(operand, *p.weight, out_scale, p.bias)
+
+
+def input_grad(
+    grad: Tensor,
+    qdata: Tensor,
+    block_scale: Tensor,
+    global_scale: Tensor,
+    ids: Tensor | None = None,
+    offs: Tensor | None = None,
+) -> Tensor:
+    if ids is not None:
+        return gradient_kernels.indexed(grad, qdata, block_scale, global_scale, ids)
+    if offs is not None:
+        return gradient_kernels.grouped(grad, qdata, block_scale, global_scale, offs)
+    product = gradient_kernels.linear if qdata.dim() == 2 else gradient_kernels.batched
+    return product(grad, qdata, block_scale, global_scale)
 
 
 def _enter(x: Tensor, act: Activations, group: Tensor | None, groups: int) -> tuple[Tensor, Tensor | None]:

@@ -84,9 +84,14 @@ def check_activations(op: str, qdata: Tensor, act_scale: Tensor | None, activati
         raise ValueError(f"{op}: static activations need a float64 act_scale of shape {shapes}, got {found}")
 
 
+def uses_kernels(tensor: Tensor) -> bool:
+    """Whether Triton kernels compute on tensor's device."""
+    return tensor.is_cuda and _HAS_TRITON
+
+
 def bodies(tensor: Tensor) -> ModuleType:
     """The module that computes on tensor's device."""
-    if not tensor.is_cuda or not _HAS_TRITON:
+    if not uses_kernels(tensor):
         return reference
     from . import gpu  # at the first call, as it imports Triton
 
@@ -198,13 +203,14 @@ def input_grad(
     ids: Tensor | None = None,
     offs: Tensor | None = None,
 ) -> Tensor:
-    """Gradient with respect to x of linear (2-D codes), indexed (ids), grouped (offs) or batched (neither)."""
-    rows = None
-    if ids is not None:
-        rows = reference.rows_by_ids(ids, qdata.shape[0])
-    elif offs is not None:
-        rows = reference.rows_by_offsets(offs, grad.shape[0])
-    return reference.input_grad(grad, qdata, block_scale, global_scale, rows)
+    """The gradient of x from that of linear (2-D codes), indexed (ids), grouped (offs) or batched (neither).
+
+    grad [.., N] times the weight, summed over its rows N -> [.., K] in grad's dtype. Rounding of activations counts as
+    the identity, and rows of nobody get zeros. The global scale belongs to the rows that are summed over, so it cannot
+    multiply the sum once: grad * global_scale enters in fp32 (the plain body, and fp32 gradients everywhere) or to
+    16 bits at least (16-bit gradients on a GPU); products are exact, sums fp32, and the result is rounded once.
+    """
+    return bodies(grad).input_grad(grad, qdata, block_scale, global_scale, ids, offs)
 
 
 @linear.register_fake
@@ -242,6 +248,22 @@ def _save_routing(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[1:5])
 
 
+def _save_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _backward_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """input_grad is linear in its gradient, so its own is the product over K."""
+    *weight, ids, offs = ctx.saved_tensors
+    if ids is not None:
+        y = indexed(grad, *weight, ids)
+    elif offs is not None:
+        y = grouped(grad, *weight, offs)
+    else:
+        y = (linear if weight[0].dim() == 2 else batched)(grad, *weight)
+    return y, None, None, None, None, None
+
+
 def _backward_plain(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return input_grad(grad, *ctx.saved_tensors), None, None, None, None, None, None
 
@@ -260,4 +282,5 @@ linear.register_autograd(_backward_plain, setup_context=_save_weight)
 batched.register_autograd(_backward_plain, setup_context=_save_weight)
 indexed.register_autograd(_backward_indexed, setup_context=_save_routing)
 grouped.register_autograd(_backward_grouped, setup_context=_save_routing)
+input_grad.register_autograd(_backward_gradient, setup_context=_save_gradient)
 fake_quantize.register_autograd(lambda ctx, grad: (grad, None, None))

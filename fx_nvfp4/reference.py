@@ -35,6 +35,11 @@ class Activations:
             return self
         return Activations(self.mode, self.scale[expert], self.dialect)
 
+    @property
+    def needs_experts(self) -> bool:
+        """Whether rows of different experts are rounded differently."""
+        return self.mode == "dynamic" or (self.mode == "static" and self.scale is not None and self.scale.dim() > 0)
+
     def enter(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """(fp32 operand, fp32 multiplier of the sum or None) for rows x [M, K]."""
         if self.mode == "none":
@@ -124,13 +129,23 @@ def input_grad(
     qdata: Tensor,
     block_scale: Tensor,
     global_scale: Tensor,
-    rows: Iterator[tuple[int, Tensor]] | None,
+    ids: Tensor | None = None,
+    offs: Tensor | None = None,
 ) -> Tensor:
-    """Gradient of the product with respect to x; rounding of activations counts as the identity."""
+    """The gradient times the global scales in fp32, multiplied with code * block_scale, and rounded once.
+
+    The global scale belongs to the rows that are summed over, so here it cannot multiply the sum.
+    """
     if qdata.dim() == 2:
         return _grad(grad, qdata, block_scale, global_scale)
+    if ids is not None:
+        rows = rows_by_ids(ids, qdata.shape[0])
+    elif offs is not None:
+        rows = rows_by_offsets(offs, grad.shape[0])
+    else:
+        rows = ((e, e) for e in range(qdata.shape[0]))
     x = grad.new_zeros(*grad.shape[:-1], qdata.shape[-1] * 2)
-    for e, index in rows if rows is not None else ((e, e) for e in range(qdata.shape[0])):
+    for e, index in rows:
         x[index] = _grad(grad[index], qdata[e], block_scale.view(torch.uint8)[e], global_scale[e])
     return x
 

@@ -39,8 +39,11 @@ def require(condition: bool, name: str, found: object, expected: str) -> None:
         raise ValueError(f"{name}: expected {expected}, found {found}")
 
 
-def pack_weight(qdata: Tensor, block_scale: Tensor, global_scale: Tensor) -> Weight:
-    """Check the three tensors of a weight against each other; 2-D weights (and 1-D global scales) become one expert."""
+def pack_weight(qdata: Tensor, block_scale: Tensor, global_scale: Tensor, strided_scale: bool = False) -> Weight:
+    """Check the three tensors of a weight against each other; 2-D weights (and 1-D global scales) become one expert.
+
+    strided_scale: the kernel takes a stride for global_scale's last dimension too.
+    """
     if qdata.ndim == 2:
         qdata, block_scale, global_scale = (t.unsqueeze(0) for t in (qdata, block_scale, global_scale))
     require(qdata.ndim == 3, "qdata", tuple(qdata.shape), "2 or 3 dimensions, [.., N, K/2]")
@@ -56,7 +59,7 @@ def pack_weight(qdata: Tensor, block_scale: Tensor, global_scale: Tensor) -> Wei
     for name, tensor in zip(Weight._fields, weight, strict=True):
         # A silent copy here would double an expert tensor of gigabytes at every call.
         require(
-            tensor.stride(-1) == 1 or tensor.shape[-1] == 1,
+            tensor.stride(-1) == 1 or tensor.shape[-1] == 1 or (strided_scale and name == "global_scale"),
             name,
             f"strides {tensor.stride()}",
             "a contiguous last dimension; call .contiguous() once, when the model is loaded",
