@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torchao.utils import TorchAOBaseTensor
 
 from . import format as nvfp4
 from .dialects import get_dialect
 from .ops import ACTIVATION_MODES
+
+Dims = tuple[tuple[int, ...], ...]
 
 
 class NVFP4Weight(TorchAOBaseTensor):
@@ -19,6 +23,9 @@ class NVFP4Weight(TorchAOBaseTensor):
 
     Value = code * block_scale * global_scale[row]. Matrix products with it run the ops of
     :mod:`fx_nvfp4.ops`; every other arithmetic raises and asks for an explicit :meth:`dequantize`.
+
+    A model may index, permute, merge and split it before the product, as einsum and matmul do. Such a view keeps
+    the stored parts and remembers what it shows: ``expert_ids`` which experts, ``view_dims`` in which dims.
 
     Args:
         qdata: uint8 [.., N, K/2], two E2M1 codes a byte along K, the even element in the low nibble.
@@ -32,6 +39,8 @@ class NVFP4Weight(TorchAOBaseTensor):
         act_scale: float64 [] or [E], activation global scale as a multiplier; float64 so that the fp32
             reciprocal which some producers store is recovered bit for bit.
         expert_ids: int64, any shape: this is ``experts[expert_ids]``, not yet gathered.
+        view_dims: where it is neither [.., N, K] nor [.., K, N], the dims of [.., N, K] that each shown dim merges:
+            ((1,), (0, 2)) shows [N, E * K], and () is a dim of size 1. Views have it, parameters do not.
 
     Raises:
         ValueError: shapes, dtypes or names do not fit together; the message names the part.
@@ -40,6 +49,7 @@ class NVFP4Weight(TorchAOBaseTensor):
     tensor_data_names = ["qdata", "block_scale", "global_scale"]  # noqa: RUF012
     tensor_attribute_names = ["orig_dtype", "activations", "dialect", "transposed"]  # noqa: RUF012
     optional_tensor_data_names = ["act_scale", "expert_ids"]  # noqa: RUF012
+    optional_tensor_attribute_names = ["view_dims"]  # noqa: RUF012
 
     qdata: Tensor
     block_scale: Tensor
@@ -50,6 +60,7 @@ class NVFP4Weight(TorchAOBaseTensor):
     transposed: bool
     act_scale: Tensor | None
     expert_ids: Tensor | None
+    view_dims: Dims | None
 
     def __new__(
         cls,
@@ -62,11 +73,13 @@ class NVFP4Weight(TorchAOBaseTensor):
         transposed: bool = False,
         act_scale: Tensor | None = None,
         expert_ids: Tensor | None = None,
+        view_dims: Dims | None = None,
     ) -> NVFP4Weight:
         _check(qdata, block_scale, global_scale, orig_dtype, activations, dialect, act_scale, expert_ids)
         lead = qdata.shape[:-2] if expert_ids is None else expert_ids.shape
-        n, k = qdata.shape[-2], qdata.shape[-1] * 2
-        shape = (*lead, k, n) if transposed else (*lead, n, k)
+        sizes = (*lead, qdata.shape[-2], qdata.shape[-1] * 2)
+        dims = _plain_dims(len(lead), transposed) if view_dims is None else view_dims
+        shape = [math.prod(sizes[d] for d in merged) for merged in dims]
         # Views of an ordinary tensor must be ordinary too, also where they are taken in inference mode.
         with torch.inference_mode(False):
             return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=orig_dtype, device=qdata.device)  # type: ignore[attr-defined]
@@ -82,11 +95,12 @@ class NVFP4Weight(TorchAOBaseTensor):
         transposed: bool = False,
         act_scale: Tensor | None = None,
         expert_ids: Tensor | None = None,
+        view_dims: Dims | None = None,
     ) -> None:
         super().__init__()
         self.qdata, self.block_scale, self.global_scale = qdata, block_scale, global_scale
         self.orig_dtype, self.activations, self.dialect = orig_dtype, activations, dialect
-        self.transposed, self.act_scale, self.expert_ids = transposed, act_scale, expert_ids
+        self.transposed, self.act_scale, self.expert_ids, self.view_dims = transposed, act_scale, expert_ids, view_dims
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -95,7 +109,7 @@ class NVFP4Weight(TorchAOBaseTensor):
             return handler(func, types, args, kwargs or {})
         if func._can_decompose():
             return func.decompose(*args, **(kwargs or {}))
-        packed = next((a for a in args if isinstance(a, NVFP4Weight)), None)
+        packed = next((a for a in tree_leaves(args) if isinstance(a, NVFP4Weight)), None)
         raise unsupported(func, packed, "not a view or a matrix product")
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
@@ -117,8 +131,39 @@ class NVFP4Weight(TorchAOBaseTensor):
 
     def replace(self, **changes: Any) -> NVFP4Weight:
         """A weight that shares what is not changed."""
-        names = (*self.tensor_data_names, *self.tensor_attribute_names, *self.optional_tensor_data_names)
+        names, attributes = (*self.tensor_data_names, *self.optional_tensor_data_names), self.tensor_attribute_names
+        names = (*names, *attributes, *self.optional_tensor_attribute_names)
         return NVFP4Weight(**{name: changes.get(name, getattr(self, name)) for name in names})
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """Sizes of the dims before N and K: of the chosen experts, or of all that are stored."""
+        return tuple(self.qdata.shape[:-2] if self.expert_ids is None else self.expert_ids.shape)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Sizes of [.., N, K], which :attr:`dims` counts."""
+        return (*self.lead, self.qdata.shape[-2], self.qdata.shape[-1] * 2)
+
+    @property
+    def dims(self) -> Dims:
+        """The dims of [.., N, K] that each shown dim merges; one that no dim shows has size 1."""
+        return _plain_dims(len(self.lead), self.transposed) if self.view_dims is None else self.view_dims
+
+    def show(self, dims: Sequence[tuple[int, ...]], **changes: Any) -> NVFP4Weight:
+        """The same weight, or one with changed parts, shown in other dims of [.., N, K]."""
+        ids = changes.get("expert_ids", self.expert_ids)
+        lead = changes.get("qdata", self.qdata).dim() - 2 if ids is None else ids.dim()
+        dims = tuple(dims)
+        plain = [transposed for transposed in (False, True) if dims == _plain_dims(lead, transposed)]
+        shown = {"transposed": plain[0], "view_dims": None} if plain else {"transposed": False, "view_dims": dims}
+        return self.replace(**changes, **shown)
+
+    def ids(self) -> Tensor:
+        """Which stored expert each of :attr:`lead` is, counted over all leading dims that are stored."""
+        if self.expert_ids is not None:
+            return self.expert_ids
+        return torch.arange(math.prod(self.lead), device=self.qdata.device).view(self.lead)
 
     def _apply_fn_to_data(self, fn: Callable[[Tensor], Tensor]) -> NVFP4Weight:
         names = (*self.tensor_data_names, *self.optional_tensor_data_names)
@@ -131,7 +176,9 @@ class NVFP4Weight(TorchAOBaseTensor):
             self.qdata, self.block_scale.view(torch.uint8), self.global_scale, dtype or self.orig_dtype
         )
         w = w if self.expert_ids is None else w[self.expert_ids]
-        return w.transpose(-2, -1) if self.transposed else w
+        order = [d for merged in self.dims for d in merged]
+        hidden = [d for d in range(w.dim()) if d not in order]
+        return w.permute(*order, *hidden).reshape(self.shape)
 
     @classmethod
     def from_dense(
@@ -178,6 +225,12 @@ class NVFP4Weight(TorchAOBaseTensor):
         return to_torchao(self)
 
 
+def _plain_dims(lead: int, transposed: bool) -> Dims:
+    """Dims of [.., N, K] or [.., K, N], each by itself."""
+    last = (lead + 1, lead) if transposed else (lead, lead + 1)
+    return tuple((d,) for d in (*range(lead), *last))
+
+
 def unsupported(func: Any, weight: NVFP4Weight | None, why: str) -> NotImplementedError:
     """The error for an operation that would need the dense weight."""
     what = "" if weight is None else f" {list(weight.shape)}"
@@ -199,7 +252,7 @@ def _check(
 ) -> None:
     nvfp4.check_packed(qdata, block_scale)
     get_dialect(dialect)
-    if qdata.dim() not in (2, 3):
+    if qdata.dim() < 2:
         raise ValueError(f"NVFP4Weight: codes must be [N, K/2] or [E, N, K/2], got {list(qdata.shape)}")
     if global_scale.dtype != torch.float32 or global_scale.shape != qdata.shape[:-1]:
         raise ValueError(
@@ -212,7 +265,7 @@ def _check(
         raise ValueError(f"NVFP4Weight: activations must be one of {ACTIVATION_MODES}, got {activations!r}")
     if (activations == "static") != (act_scale is not None):
         raise ValueError("NVFP4Weight: act_scale must be given for static activations, and only for them")
-    per_expert = [list(qdata.shape[:1])] if qdata.dim() == 3 else []
+    per_expert = [list(qdata.shape[:-2])] if qdata.dim() > 2 else []
     if act_scale is not None and (act_scale.dtype != torch.float64 or list(act_scale.shape) not in [[], *per_expert]):
         raise ValueError(
             f"NVFP4Weight: act_scale must be float64 of shape {[[], *per_expert]}, "
