@@ -28,7 +28,7 @@ def clamp(x, low, high):
 
 @triton.jit
 def sign(x):
-    return tl.where(x > 0.0, 1.0, tl.where(x < 0.0, -1.0, x))
+    return tl.where(x > 0.0, 1.0, tl.where(x < 0.0, -1.0, 0.0))
 
 
 @triton.jit
@@ -55,10 +55,13 @@ def power(a, b):
     either = a == b
     a = tl.where(either, a, a)  # numbers become tensors
     b = tl.where(either, b, b)
-    magnitude = tl.where((b == 0.0) | (a == 1.0), 1.0, tl.exp2(b * tl.log2(tl.abs(a))))
+    size = tl.abs(a)
+    magnitude = tl.where((b == 0.0) | (size == 1.0), 1.0, tl.exp2(b * tl.log2(size)))
     odd = tl.floor(b * 0.5) * 2.0 != b
-    signed = tl.where(odd, -magnitude, magnitude)
-    return tl.where(a < 0.0, tl.where(tl.floor(b) == b, signed, float("nan")), magnitude)
+    # The sign bit, as -0.0 counts; fractional powers of finite negative numbers are NaN.
+    negative = a.to(tl.int32, bitcast=True) < 0
+    signed = tl.where(negative & odd & (tl.floor(b) == b), -magnitude, magnitude)
+    return tl.where((a < 0.0) & (size < float("inf")) & (tl.floor(b) != b), float("nan"), signed)
 
 
 @triton.jit
