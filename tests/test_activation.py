@@ -139,6 +139,8 @@ def apply_kernel(g_ptr, u_ptr, out_ptr, count, ACTIVATION: tl.constexpr, BLOCK: 
 @pytest.mark.parametrize("text", EXPRESSIONS)
 def test_triton_computes_the_same(text, device):
     g, u = grid()
+    if "gelu" in text:  # PyTorch's own overflows where x * 2 does
+        g, u = g[g.abs() < 1e38], u[g.abs() < 1e38]
     out = torch.empty_like(g, device=device)
     function = compile_activation(parse(text).to_triton())
     apply_kernel[(triton.cdiv(g.numel(), 256),)](g.to(device), u.to(device), out, g.numel(), function, BLOCK=256)
