@@ -54,7 +54,7 @@ def _headline(report: Report) -> str:
 
 
 def _matches(matched: Sequence[Match]) -> list[tuple[str, ...]]:
-    groups = _grouped(matched, lambda m: m.row()[1:], lambda m: m.where)
+    groups = grouped(matched, lambda m: m.row()[1:], lambda m: m.where)
     if all(len(sites) == 1 for _, _, sites in groups):
         return [_HEADER, *((where, *cells) for where, cells, _ in groups)]
     rows = [(where, str(len(sites)), *cells) for where, cells, sites in groups]
@@ -74,7 +74,7 @@ def _refusals(refused: Sequence[Refusal], full: bool) -> list[str]:
     if full:
         return [f"refused: {r}" for r in refused]
     lines = []
-    for where, (reason, advice), sites in _grouped(refused, lambda r: (r.reason, r.advice), lambda r: r.where):
+    for where, (reason, advice), sites in grouped(refused, lambda r: (r.reason, r.advice), lambda r: r.where):
         nodes = f"{sites[0].node}, ... {len(sites)} sites" if len(sites) > 1 and sites[0].node else sites[0].node
         lines.append(f"refused: {where}{f' ({nodes})' if nodes else ''}: {reason}{f'. {advice}' if advice else ''}")
     return lines
@@ -83,7 +83,7 @@ def _refusals(refused: Sequence[Refusal], full: bool) -> list[str]:
 def _blocks(report: Report, full: bool) -> list[str]:
     if full:
         return [f"{'block' if b.lifted else 'not lifted'}: {b}" for b in report.blocks]
-    groups = _grouped(report.blocks, lambda b: (b.lifted, b.summary()), lambda b: b.where)
+    groups = grouped(report.blocks, lambda b: (b.lifted, b.summary()), lambda b: b.where)
     return [f"{'block' if lifted else 'not lifted'}: {where}: {summary}" for where, (lifted, summary), _ in groups]
 
 
@@ -91,7 +91,7 @@ def _notes(report: Report, full: bool) -> list[str]:
     pairs = [(m.where, note) for m in report.matched for note in m.notes]
     if full:
         return [*(f"{where}: {note}" for where, note in pairs), *report.notes]
-    groups = _grouped(pairs, lambda p: p[1], lambda p: p[0])
+    groups = grouped(pairs, lambda p: p[1], lambda p: p[0])
     return [*(f"{where}: {note}" for where, note, _ in groups), *report.notes]
 
 
@@ -119,7 +119,7 @@ _Item = TypeVar("_Item")
 _Key = TypeVar("_Key", bound=Hashable)
 
 
-def _grouped(
+def grouped(
     items: Iterable[_Item], key: Callable[[_Item], _Key], path: Callable[[_Item], str]
 ) -> list[tuple[str, _Key, list[_Item]]]:
     """(path, key, items) of those with equal keys whose paths differ in numbers alone, in order of appearance."""

@@ -56,15 +56,25 @@ def collect(tensors: Mapping[str, StoredTensor], scheme: Scheme) -> tuple[list[S
     convention = scheme.convention
     if scheme.weight_only:
         tensors = {name: t for name, t in tensors.items() if not _is_input_scale(name, convention)}
-    sources: dict[str, Source] = {}
-    rest = {name: t for name, t in tensors.items() if not _add_scale(sources, t, convention)}
-    plain = [t for t in rest.values() if not _add_codes(sources, t, convention)]
-    for tensor in (*plain, *(source["codes"] for source in sources.values() if "codes" in source.parts)):
+    sources, plain = gather(tensors, convention)
+    for tensor in (*plain, *(source["codes"] for source in sources if "codes" in source.parts)):
         if tensor.dtype.startswith("F8_"):
             fix = "mixed FP8/NVFP4 checkpoints are not served"
             raise mismatch(tensor.name, f"{tensor}, an FP8 weight", "NVFP4, bfloat16, float16 or float32", fix)
-    for source in sources.values():
-        _check(source, convention, scheme.activations)
+    for source in sources:
+        check(source, convention, scheme.activations)
+    return sources, plain
+
+
+def gather(tensors: Mapping[str, StoredTensor], convention: Convention) -> tuple[list[Source], list[StoredTensor]]:
+    """(packed weights, plain tensors) by their names alone: parts may be missing.
+
+    Raises:
+        CheckpointError: two tensors are the same part of one weight.
+    """
+    sources: dict[str, Source] = {}
+    rest = {name: t for name, t in tensors.items() if not _add_scale(sources, t, convention)}
+    plain = [t for t in rest.values() if not _add_codes(sources, t, convention)]
     return list(sources.values()), plain
 
 
@@ -123,7 +133,12 @@ def _file(sources: dict[str, Source], name: str, fused: bool, part: str, tensor:
     source.parts[part] = tensor
 
 
-def _check(source: Source, convention: Convention, activations: str) -> None:
+def check(source: Source, convention: Convention, activations: str) -> None:
+    """Raise unless all parts of a packed weight but its input scale are there, with the right dtypes.
+
+    Raises:
+        CheckpointError: a part is missing, superfluous or of the wrong dtype.
+    """
     for part, dtype in _DTYPES.items():
         tensor = source.parts.get(part)
         if part == "input_scale" and activations == "none":

@@ -1,0 +1,133 @@
+"""``python -m fx_nvfp4``: what a checkpoint holds, and what of a model is emulated, from a terminal."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checkpoint import CheckpointError, load
+from .checkpoints.inspect import inspect_checkpoint
+from .dialects import DIALECTS
+from .explain import explain
+from .inspect_table import LEVELS, render_inspection
+
+_DTYPES = ("float32", "bfloat16", "float16")
+_EXIT = "exit status: 0, 1 with --strict where something is not as it should be, 2 for what cannot be read"
+
+
+class UsageError(ValueError):
+    """Arguments that cannot be served; the message says why."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line (sys.argv if None) and return its exit status."""
+    args = _parser().parse_args(arguments)
+    try:
+        return int(args.run(args))
+    except (CheckpointError, UsageError, ImportError) as error:
+        print(f"fx_nvfp4: {error}", file=sys.stderr)
+        return 2
+
+
+def run_inspect(args: argparse.Namespace) -> int:
+    """Print what a checkpoint holds."""
+    found = inspect_checkpoint(args.checkpoint)
+    print(json.dumps(found.to_dict(), indent=1) if args.json else render_inspection(found, args.by))
+    return 1 if args.strict and found.problems else 0
+
+
+def run_explain(args: argparse.Namespace) -> int:
+    """Compile a model and print its report."""
+    model, inputs, keywords = _from_factory(args.module) if args.module else _from_checkpoint(args)
+    with torch.no_grad():
+        report = explain(model, *inputs, **keywords)
+    print(report.to_json() if args.json else report.table(full=args.full))
+    return 1 if args.strict and report.refused else 0
+
+
+def _from_checkpoint(args: argparse.Namespace) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    if args.checkpoint is None:
+        raise UsageError("explain: give a checkpoint, or --module for a model of yours")
+    if args.tokens < 1:
+        raise UsageError(f"explain: --tokens must be at least 1, got {args.tokens}")
+    model = load(
+        args.checkpoint,
+        _device(args.device),
+        getattr(torch, args.dtype) if args.dtype else None,
+        dialect=args.dialect,
+        activations=args.activations,
+        progress=sys.stderr.isatty(),
+    )
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary, (1, args.tokens), generator=generator).to(args.device)
+    return model, (), {"input_ids": ids, "use_cache": False}
+
+
+def _from_factory(name: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """What the user's function returns: (model, inputs), inputs a tuple or a dict of keyword arguments."""
+    made = _factory(name)()
+    if not (isinstance(made, tuple) and len(made) == 2 and callable(made[0]) and isinstance(made[1], (tuple, dict))):
+        raise UsageError(f"--module {name}: the function must return (model, inputs), inputs a tuple or a dict")
+    model, inputs = made
+    return (model, (), inputs) if isinstance(inputs, dict) else (model, inputs, {})
+
+
+def _factory(name: str) -> Callable[[], Any]:
+    module_name, _, function = name.partition(":")
+    if not (module_name and function):
+        raise UsageError(f"--module {name}: expected package.module:function")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise UsageError(f"--module {name}: {error}") from error
+    finally:
+        sys.path.pop(0)
+    factory = getattr(module, function, None)
+    if not callable(factory):
+        raise UsageError(f"--module {name}: {module_name} has no function {function!r}")
+    return factory
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m fx_nvfp4", description=__doc__, epilog=_EXIT)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    inspect = commands.add_parser("inspect", help="format, packed weights, scales, what is missing", epilog=_EXIT)
+    inspect.add_argument("checkpoint", type=Path, help="folder of a checkpoint")
+    inspect.add_argument("--by", choices=LEVELS, default=LEVELS[0], help="what shares a line; default all layers")
+    inspect.set_defaults(run=run_inspect)
+
+    explained = commands.add_parser("explain", help="what of a model runs as NVFP4, and why the rest not", epilog=_EXIT)
+    source = explained.add_mutually_exclusive_group()
+    source.add_argument("checkpoint", nargs="?", type=Path, help="folder of a checkpoint")
+    source.add_argument("--module", metavar="PACKAGE.MODULE:FUNCTION", help="a function that returns (model, inputs)")
+    explained.add_argument("--tokens", type=int, default=16, help="length of the prompt; default 16")
+    explained.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    explained.add_argument("--dtype", choices=_DTYPES, help="default: the checkpoint's")
+    explained.add_argument(
+        "--dialect", choices=["producer", *DIALECTS], default="hardware", help="rule for activations"
+    )
+    explained.add_argument("--activations", choices=["checkpoint", "none"], default="checkpoint")
+    explained.add_argument("--full", action="store_true", help="a line for every site, with its weight and kernel")
+    explained.set_defaults(run=run_explain)
+
+    for command in (inspect, explained):
+        command.add_argument("--json", action="store_true", help="data instead of a table")
+        command.add_argument("--strict", action="store_true", help="exit with 1 on problems or refused sites")
+    return parser
