@@ -16,13 +16,14 @@ from torch import Tensor, fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from .debug_files import DebugFiles
-from .dispatch import serve_transformers_fallback
 from .kernel_choice import with_choice
 from .lowering import compat
 from .passes.emulate import emulate
 from .report import Cost, NotEmulatedError, NVFP4Warning, Report, module_path
 from .tables import TableGuard, find_tables, hash_tables
-from .tensor import NVFP4Weight
+from .tensor import NVFP4Weight, layout_key
+from .torchao_dispatch import emulated, serve_torchao, swizzled_weights
+from .torchao_interop import is_torchao_nvfp4
 
 log = logging.getLogger("fx_nvfp4")
 
@@ -55,7 +56,7 @@ def nvfp4_emu(
     """
     if unknown:
         log.debug("nvfp4_emu: arguments %s of this torch release are not used", sorted(unknown))
-    serve_transformers_fallback()
+    serve_torchao()
     ours, inductor = _split_options(options or {})
     packed = _holds_packed(example_inputs)
     tables = find_tables(gm, example_inputs) if packed else {}
@@ -66,8 +67,10 @@ def nvfp4_emu(
     key = _report_key(gm, example_inputs, graph_pass)
     guard = TableGuard(gm, tables) if tables else None
     start = time.perf_counter()
-    compiled = compat.compile_with_inductor(gm, example_inputs, patches, packed, ours["codegen"])
-    report = graph_pass.finish(key, time.perf_counter() - start if ours["codegen"] else 0.0)
+    with emulated():
+        compiled = compat.compile_with_inductor(gm, example_inputs, patches, packed, ours["codegen"])
+    seconds = time.perf_counter() - start if ours["codegen"] else 0.0
+    report = graph_pass.finish(key, seconds, _notes(example_inputs))
     _publish(report, ours["strict"])
     return guard.wrap(compiled, graph_pass.used_tables) if guard and graph_pass.used_tables else compiled
 
@@ -125,13 +128,14 @@ class EmulationPass(CustomGraphPass):
     def uuid(self) -> Any:
         return self._uuid
 
-    def finish(self, key: str, seconds: float) -> Report:
+    def finish(self, key: str, seconds: float, notes: Sequence[str]) -> Report:
         """The report of the compilation, which took seconds, with the files and log entries that it leaves."""
         if self.report is None:
             report = self._restore(key)
         else:
             report = self.report
             report.cost.compilation = seconds
+            report.notes += notes
             self._save(key, report)
         self._write(report)
         return report
@@ -210,7 +214,21 @@ def _split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
 
 def _holds_packed(example_inputs: Sequence[Any]) -> bool:
     tensors = [t for t in example_inputs if isinstance(t, Tensor)]
-    return any(isinstance(t, NVFP4Weight) or (t.dtype in _PACKED_DTYPES and t.dim() > 1) for t in tensors)
+    return any(_is_packed_tensor(t) or (t.dtype in _PACKED_DTYPES and t.dim() > 1) for t in tensors)
+
+
+def _is_packed_tensor(tensor: Tensor) -> bool:
+    return isinstance(tensor, NVFP4Weight) or is_torchao_nvfp4(tensor)
+
+
+def _notes(example_inputs: Sequence[Any]) -> list[str]:
+    """What a user may want to know of the weights as they are stored."""
+    count = swizzled_weights(example_inputs)
+    note = (
+        f"{count} torchao weights hold their scales in 128 x 4 tiles, which are laid out linearly at each call; "
+        "fx_nvfp4.prepare(model) does it once"
+    )
+    return [note] if count else []
 
 
 def _report_key(gm: fx.GraphModule, example_inputs: Sequence[Any], graph_pass: EmulationPass) -> str:
@@ -221,6 +239,6 @@ def _report_key(gm: fx.GraphModule, example_inputs: Sequence[Any], graph_pass: E
 
 def _describe(tensor: Tensor) -> str:
     """What of a graph input decides the compiled graph."""
-    if isinstance(tensor, NVFP4Weight):
-        return tensor._stable_hash_for_caching()
+    if _is_packed_tensor(tensor):
+        return layout_key(tensor)
     return f"{tensor.dtype} {list(map(str, tensor.shape))} {tensor.device} {tensor.requires_grad}"

@@ -24,7 +24,7 @@ def save_file(tensors: Mapping[str, Tensor], path: str | Path) -> None:
     has one, ``name.act_scale``.
 
     Raises:
-        ValueError: a packed weight is an indexed view; store the experts it selects from.
+        ValueError: a packed weight is a view of another shape or of chosen experts; store what it shows.
     """
     plain: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
@@ -34,8 +34,8 @@ def save_file(tensors: Mapping[str, Tensor], path: str | Path) -> None:
         if not isinstance(packed, NVFP4Weight):
             plain[name] = _own(tensor.detach(), seen)
             continue
-        if packed.expert_ids is not None:
-            raise ValueError(f"save_file: {name} selects experts by id; save the weight it selects from")
+        if packed.expert_ids is not None or packed.view_dims is not None:
+            raise ValueError(f"save_file: {name} is a view {list(packed.shape)}; save the weight that it shows")
         parts, attributes = packed.__tensor_flatten__()
         plain.update({f"{name}.{part}": _own(getattr(packed, part), seen) for part in parts})
         attributes = {key: str(value) if key == "orig_dtype" else value for key, value in attributes.items()}

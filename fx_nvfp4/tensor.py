@@ -102,6 +102,9 @@ class NVFP4Weight(TorchAOBaseTensor):
         self.orig_dtype, self.activations, self.dialect = orig_dtype, activations, dialect
         self.transposed, self.act_scale, self.expert_ids, self.view_dims = transposed, act_scale, expert_ids, view_dims
 
+    # Dispatch alone decides: a Python function around every call would be a frame that Dynamo traces by itself.
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         handler = cls._ATEN_OP_TABLE[cls].get(func)
@@ -115,12 +118,22 @@ class NVFP4Weight(TorchAOBaseTensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"NVFP4Weight(shape={list(self.shape)}, dtype={self.dtype}, device={self.device}, {self.describe()})"
 
+    def requires_grad_(self, requires_grad: bool = True) -> NVFP4Weight:
+        """Packed weights are frozen, as integer tensors are.
+
+        Raises:
+            RuntimeError: requires_grad is true.
+        """
+        if requires_grad:
+            raise RuntimeError(
+                f"packed NVFP4 weights are frozen, {list(self.shape)} cannot require gradients: hold it as "
+                "nn.Parameter(weight, requires_grad=False), and train adapters beside it"
+            )
+        return super().requires_grad_(False)
+
     def _stable_hash_for_caching(self) -> str:
-        """What AOTAutograd's cache keys this weight on: everything but the numbers."""
-        names, attributes = self.__tensor_flatten__()
-        parts = [getattr(self, name) for name in names]
-        layout = [(str(t.dtype), tuple(t.shape), t.stride(), str(t.device)) for t in parts]
-        return f"NVFP4Weight {tuple(self.shape)} {names} {layout} {sorted(map(str, attributes.items()))}"
+        """What AOTAutograd's cache keys this weight on."""
+        return layout_key(self)
 
     def describe(self) -> str:
         """Short text of format and activations, e.g. "W4A4 static per-expert"."""
@@ -229,6 +242,14 @@ def _plain_dims(lead: int, transposed: bool) -> Dims:
     """Dims of [.., N, K] or [.., K, N], each by itself."""
     last = (lead + 1, lead) if transposed else (lead, lead + 1)
     return tuple((d,) for d in (*range(lead), *last))
+
+
+def layout_key(weight: Any) -> str:
+    """Everything of a packed tensor (ours or torchao's) that decides the compiled graph: all but the numbers."""
+    names, attributes = weight.__tensor_flatten__()
+    parts = [getattr(weight, name) for name in names]
+    layout = [(str(t.dtype), tuple(t.shape), t.stride(), str(t.device)) for t in parts]
+    return f"{type(weight).__name__} {tuple(weight.shape)} {names} {layout} {sorted(map(str, attributes.items()))}"
 
 
 def unsupported(func: Any, weight: NVFP4Weight | None, why: str) -> NotImplementedError:

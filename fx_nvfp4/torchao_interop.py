@@ -54,9 +54,7 @@ def from_torchao_parts(
     qdata uint8 [.., N, K/2]; scale float8_e4m3fn linear or in 128 x 4 tiles over all rows; per_tensor_scale None,
     [] or [E, 1, 1] (multipliers, fp32); act_per_tensor_scale None or [] (None: no second level, which is 1).
     """
-    if swizzled:
-        # torchao swizzles the rows of all experts as one matrix.
-        scale = unswizzle(scale.reshape(-1), qdata.shape[:-1].numel(), qdata.shape[-1] * 2 // BLOCK)
+    scale = _unswizzled(qdata, scale) if swizzled else scale
     scale = scale.contiguous().view(*qdata.shape[:-1], -1)
     global_scale = torch.ones((), device=qdata.device) if per_tensor_scale is None else per_tensor_scale.float()
     global_scale = global_scale.squeeze(-1) if global_scale.dim() == 3 else global_scale
@@ -76,6 +74,20 @@ def from_torchao_parts(
         transposed,
         act_scale,
     )
+
+
+def _unswizzled(qdata: Tensor, scale: Tensor) -> Tensor:
+    """Linear block scales [rows of all experts, K/16] of codes [.., N, K/2].
+
+    Each expert may have tiles of its own, padded to 128 rows, as grouped products read them; or all experts' rows are
+    tiled as one matrix, as torchao quantises 3-D weights. They differ where N is no multiple of 128.
+    """
+    n, cols = qdata.shape[-2], qdata.shape[-1] * 2 // BLOCK
+    experts = qdata.shape[:-2].numel()
+    padded = -(-n // 128) * 128
+    if n != padded and scale.numel() == experts * padded * (-(-cols // 4) * 4):
+        return unswizzle(scale.reshape(-1), experts * padded, cols).view(experts, padded, cols)[:, :n]
+    return unswizzle(scale.reshape(-1), experts * n, cols)
 
 
 def to_torchao(weight: NVFP4Weight) -> Tensor:
