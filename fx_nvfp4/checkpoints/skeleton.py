@@ -23,7 +23,8 @@ from .scheme import without_quantization
 
 logger = logging.getLogger("fx_nvfp4.checkpoint")
 
-EXPERTS_IMPLEMENTATION = "grouped_mm"
+# Implementations of experts that trace to one graph, the first by choice: it gathers each row once, whatever top-k is.
+TRACEABLE_EXPERTS = ("grouped_mm", "batched_mm")
 
 # Experts that multiply x @ weight but carry no is_transposed attribute.
 _TRANSPOSED_EXPERTS = ("Llama4TextExperts", "GptOssExperts")
@@ -70,7 +71,7 @@ def build(config: Mapping[str, Any], dtype: torch.dtype | None, where: Path) -> 
     _set_dtype(model_config, dtype or _floating(model_config.dtype) or torch.bfloat16)
     with torch.device("meta"):
         model = model_class._from_config(model_config, dtype=model_config.dtype)
-    _use_traceable_experts(model)
+    use_traceable_experts(model)
     return model.eval().requires_grad_(False)
 
 
@@ -101,14 +102,25 @@ def _floating(dtype: Any) -> torch.dtype | None:
     return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else None
 
 
-def _use_traceable_experts(model: Any) -> None:
-    """Experts as grouped matmuls: transformers' eager loop over the experts hit cannot be one graph."""
-    if not any(hasattr(module, "_apply_gate") for module in model.modules()):
-        return
+def use_traceable_experts(model: torch.nn.Module) -> list[str]:
+    """Switch transformers' experts to an implementation that traces, in place; both are served by our ops.
+
+    The others do not: eager loops over the experts hit, which depend on data; the rest call kernels of their own.
+
+    Returns:
+        For each model that was switched, what was done.
+    """
+    switched = []
     for module in model.modules():
-        if getattr(module, "_can_set_experts_implementation", lambda: False)():
-            module.set_experts_implementation(EXPERTS_IMPLEMENTATION)
-    logger.info("experts of %s run as %s, which traces to one graph", type(model).__name__, EXPERTS_IMPLEMENTATION)
+        if not getattr(module, "_can_set_experts_implementation", lambda: False)():
+            continue
+        before = module.config._experts_implementation
+        if before not in TRACEABLE_EXPERTS and any(hasattr(m, "_apply_gate") for m in module.modules()):
+            module.set_experts_implementation(TRACEABLE_EXPERTS[0])
+            switched.append(f"{type(module).__name__}: {TRACEABLE_EXPERTS[0]}, was {before}")
+    for text in switched:
+        logger.info("experts of %s: it traces to one graph", text)
+    return switched
 
 
 def experts_layout(module: torch.nn.Module) -> Layout:

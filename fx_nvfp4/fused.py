@@ -1,0 +1,98 @@
+"""Experts fused into one module of 3-D packed weights, what :func:`fx_nvfp4.prepare` puts in place of their list."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .activation import parse
+from .tensor import NVFP4Weight
+
+# layout -> the parameters that hold up products, gate first
+UP_NAMES = {
+    "separate": ("gate_proj", "up_proj"),
+    "concatenated": ("gate_up_proj",),
+    "interleaved": ("gate_up_proj",),
+    "plain": ("up_proj",),
+}
+DOWN_NAME = "down_proj"
+BIAS = "_bias"
+
+
+class FusedExperts(nn.Module):
+    """E experts as stacked packed weights, computed by one ``torch.ops.fx_nvfp4.moe`` per call.
+
+    Parameters are ``gate_proj`` and ``up_proj``, or ``gate_up_proj``, or ``up_proj`` alone, [E, I, K]; ``down_proj``
+    [E, H, I]; and, where experts have them, biases of the same names with ``_bias`` appended, [E, I] and [E, H].
+
+    Args:
+        weights: packed 3-D weights by those names.
+        biases: stacked biases by the names of their weights; they learn if they require a gradient.
+        activation: expression over g (gate) and u (up), see :mod:`fx_nvfp4.activation`.
+        layout: "separate", "concatenated", "interleaved" or "plain", how the up weights hold gate and up rows.
+        weighted: "output": the routing weight multiplies the result; "input": it multiplies x.
+
+    Raises:
+        ValueError: names do not fit the layout, or the activation is no expression.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, NVFP4Weight],
+        biases: Mapping[str, Tensor],
+        activation: str,
+        layout: str,
+        weighted: str = "output",
+    ) -> None:
+        super().__init__()
+        names = (*UP_NAMES[layout], DOWN_NAME)
+        if set(weights) != set(names) or not set(biases) <= set(names):
+            raise ValueError(
+                f"FusedExperts: layout {layout!r} has the weights {names}, got {sorted(weights)} "
+                f"and biases of {sorted(biases)}"
+            )
+        parse(activation)
+        self.activation, self.layout, self.weighted = activation, layout, weighted
+        for name in names:
+            self.register_parameter(name, nn.Parameter(weights[name], requires_grad=False))
+        for name in names:
+            bias = biases.get(name)
+            stacked = None if bias is None else nn.Parameter(bias.detach(), requires_grad=bias.requires_grad)
+            self.register_parameter(name + BIAS, stacked)
+
+    def __len__(self) -> int:
+        return self.down_proj.shape[0]
+
+    def extra_repr(self) -> str:
+        (e, h, i), k = self.down_proj.shape, getattr(self, UP_NAMES[self.layout][0]).shape[-1]
+        return f"{e} experts, {k} -> {i} -> {h}, {self.activation}, {self.layout}, {self.down_proj.describe()}"
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """x [T, K], ids [T, A] (a slot whose id is outside 0..E-1 adds nothing), weights [T, A] -> [T, H]."""
+        up = [getattr(self, name) for name in UP_NAMES[self.layout]]
+        bias = [getattr(self, name + BIAS) for name in UP_NAMES[self.layout]]
+        down = self.down_proj
+        static = up[0].act_scale is not None
+        return torch.ops.fx_nvfp4.moe(
+            x,
+            ids,
+            weights,
+            [w.qdata for w in up],
+            [w.block_scale for w in up],
+            [w.global_scale for w in up],
+            down.qdata,
+            down.block_scale,
+            down.global_scale,
+            self.activation,
+            self.layout,
+            None if bias[0] is None else bias,
+            self.down_proj_bias,
+            [w.act_scale for w in up] if static else None,
+            down.act_scale,
+            up[0].activations,
+            down.activations,
+            up[0].dialect,
+            self.weighted,
+        )

@@ -1,0 +1,177 @@
+"""Finds lists of packed experts in a model, and what forbids to fuse one."""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from ..tensor import NVFP4Weight
+from .record import Unsuited
+
+_CODES = (torch.uint8, torch.int8, torch.int32, torch.float4_e2m1fn_x2)
+# Packed tensors of one expert: codes of two or three weights, and scales that are stored as bytes beside them.
+_FEWEST, _MOST = 2, 6
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@dataclass(frozen=True)
+class ExpertList:
+    """A list of packed experts: its path in the model, and its entries."""
+
+    path: str
+    container: nn.Module
+    experts: list[nn.Module]
+
+
+def find_lists(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Paths and modules of every ModuleList or ModuleDict of two or more modules that look like packed experts."""
+    return [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict)) and _looks_packed(module)
+    ]
+
+
+def _looks_packed(container: nn.Module) -> bool:
+    entries = [m for m in container._modules.values() if m is not None]
+    return len(container._modules) > 1 and bool(entries) and _FEWEST <= len(_packed(entries[0])) <= _MOST
+
+
+def _packed(module: nn.Module) -> list[str]:
+    """Names of a module's tensors that hold codes."""
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    return [n for n, t in tensors if isinstance(t, NVFP4Weight) or (t.dtype in _CODES and t.dim() > 1)]
+
+
+def check_list(model: nn.Module, path: str, container: nn.Module) -> ExpertList:
+    """The list, if its experts can be stacked.
+
+    Raises:
+        Unsuited: they differ, or something else holds on to them.
+    """
+    missing = [name for name, m in container._modules.items() if m is None]
+    if missing:
+        raise Unsuited(
+            f"experts {_some(missing)} are missing (another rank of an expert-parallel group holds them)",
+            "load all experts of a layer on one rank",
+        )
+    experts = [m for m in container._modules.values() if m is not None]
+    for name, expert in zip(container._modules, experts, strict=True):
+        _check_expert(name, expert)
+    _check_alike(container, experts)
+    _check_owned(model, experts)
+    return ExpertList(path, container, experts)
+
+
+def _check_expert(name: str, expert: nn.Module) -> None:
+    for part, module in expert.named_modules():
+        where = f"expert {name}" + (f".{part}" if part else "")
+        if any(getattr(module, hooks, None) for hooks in _HOOKS):
+            raise Unsuited(f"{where} has hooks, which would not run any more", "remove them, or prepare() first")
+        if is_parametrized(module):
+            raise Unsuited(f"{where} has parametrizations", "remove them, or prepare() first")
+    meta = [n for n, t in expert.named_parameters() if t.is_meta]
+    if meta:
+        raise Unsuited(f"expert {name} has no values yet (meta device)", "load the weights, then prepare()")
+    dense = [n for n, p in expert.named_parameters() if p.dim() > 1 and not _is_packed_parameter(p)]
+    if dense:
+        raise Unsuited(
+            f"expert {name} holds dense weights beside packed ones: {_some(dense)}",
+            "merge or remove adapters, or keep the list as it is",
+        )
+
+
+def _is_packed_parameter(p: Tensor) -> bool:
+    return isinstance(p, NVFP4Weight) or not p.is_floating_point() or p.dtype.itemsize == 1
+
+
+def _check_alike(container: nn.Module, experts: list[nn.Module]) -> None:
+    first = structure(experts[0])
+    for name, expert in zip(container._modules, experts, strict=True):
+        other = structure(expert)
+        if other != first:
+            differing = next((f"{a} there, {b} here" for a, b in zip(first, other, strict=False) if a != b), "more parts")
+            raise Unsuited(f"expert {name} differs from the first: {differing}", "experts must be alike to be stacked")
+
+
+def _check_owned(model: nn.Module, experts: list[nn.Module]) -> None:
+    """No tensor with codes may be used in a second place."""
+    owners: Counter[int] = Counter()
+    for tensor in _tensors(model):
+        owners[_storage(tensor)] += 1
+    for e, expert in enumerate(experts):
+        shared = [n for n in _packed(expert) if owners[_storage(_get(expert, n))] > 1]
+        if shared:
+            raise Unsuited(f"expert {e} shares {_some(shared)} with another module", "untie the weights")
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    yield from (p for _, p in model.named_parameters(remove_duplicate=False))
+    yield from (b for _, b in model.named_buffers(remove_duplicate=False))
+
+
+def _storage(tensor: Tensor) -> int:
+    return (tensor.qdata if isinstance(tensor, NVFP4Weight) else tensor).untyped_storage().data_ptr()
+
+
+def _get(module: nn.Module, name: str) -> Tensor:
+    owner, _, leaf = name.rpartition(".")
+    return getattr(module.get_submodule(owner), leaf)
+
+
+def structure(module: nn.Module) -> tuple[Any, ...]:
+    """What two modules have in common that compute alike with tensors of their own."""
+    parts: list[Any] = []
+    for path, part in module.named_modules():
+        parts.append((path, type(part), part.training, _settings(part)))
+        parts += [(f"{path}.{n}", _layout(t)) for n, t in (*part._parameters.items(), *part._buffers.items())]
+    return tuple(parts)
+
+
+def _settings(module: nn.Module) -> tuple[tuple[str, Any], ...]:
+    """Python attributes that can change what a module computes; objects count by identity."""
+    own = nn.Module().__dict__
+    attributes = {k: v for k, v in module.__dict__.items() if k not in own}
+    return tuple((k, v if _is_plain(v) else id(v)) for k, v in sorted(attributes.items()))
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.Size))
+
+
+def _layout(tensor: Tensor | None) -> Any:
+    if tensor is None:
+        return None
+    if isinstance(tensor, NVFP4Weight):
+        return tensor._stable_hash_for_caching()
+    return type(tensor), tensor.dtype, tuple(tensor.shape), tensor.device, tensor.requires_grad
+
+
+def find_parents(model: nn.Module, path: str) -> Iterator[str]:
+    """Paths of modules that may call the list's experts and take hidden states alone: its owner, then those around."""
+    levels = path.split(".")[:-1]
+    for length in range(len(levels), max(len(levels) - 3, -1), -1):
+        parent = ".".join(levels[:length])
+        module = model.get_submodule(parent)
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict)) and type(module).forward is nn.Module.forward:
+            continue
+        if _takes_one(module):
+            yield parent
+
+
+def _takes_one(module: nn.Module) -> bool:
+    parameters = list(inspect.signature(module.forward).parameters.values())
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    required = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return bool(positional) and len(required) <= 1
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,77 @@
+"""Gives a module other forwards, made from graphs: a class of its own whose source text can be read and pickled."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import linecache
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+Variant = tuple[bool, int]  # (training, dims of the input)
+_serial = itertools.count()
+
+
+class Prepared:
+    """First base of a prepared module's class: chooses the forward for the mode and the input's rank."""
+
+    _variants: Mapping[Variant, Any]
+    _sources: tuple[tuple[Variant, str], ...]
+    training: bool
+
+    def forward(self, x: Tensor) -> Any:
+        run = self._variants.get((self.training, x.dim()))
+        if run is None:
+            modes = ", ".join(f"{'training' if t else 'eval'} with {d}-D inputs" for t, d in self._variants)
+            raise RuntimeError(
+                f"{type(self).__name__}: fused by fx_nvfp4.prepare for {modes}; called in "
+                f"{'training' if self.training else 'eval'} mode with x {list(x.shape)}. Call prepare() in the mode "
+                "that you run the model in"
+            )
+        return run(self, x)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _restore, (type(self).__mro__[2], self._sources), self.__dict__
+
+
+def source_of(graph: fx.Graph) -> str:
+    """The graph as the text of ``def forward(self, x)``."""
+    code = graph.python_code("self")
+    if not set(code.globals) <= set(_namespace()):
+        raise ValueError(f"globals {sorted(set(code.globals) - set(_namespace()))} cannot be written as text")
+    return code.src.strip() + "\n"
+
+
+def prepared_class(base: type[nn.Module], sources: tuple[tuple[Variant, str], ...]) -> type[nn.Module]:
+    """base with these forwards; equal arguments give the same class, so that equal layers share code."""
+    return _prepared_class(base, sources)
+
+
+@functools.cache
+def _prepared_class(base: type[nn.Module], sources: tuple[tuple[Variant, str], ...]) -> type[nn.Module]:
+    variants = {variant: _function(base, text) for variant, text in sources}
+    names = {"_variants": variants, "_sources": sources, "__module__": base.__module__, "__doc__": base.__doc__}
+    return type(base.__name__, (Prepared, base), names)
+
+
+def _restore(base: type[nn.Module], sources: tuple[tuple[Variant, str], ...]) -> nn.Module:
+    prepared = prepared_class(base, sources)
+    return prepared.__new__(prepared)
+
+
+def _function(base: type[nn.Module], text: str) -> Any:
+    """Compile text; tracebacks and Dynamo's messages show its lines."""
+    name = f"<fx_nvfp4.prepare {base.__name__} {next(_serial)}>"
+    linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
+    namespace = dict(_namespace())
+    exec(compile(text, name, "exec"), namespace)
+    return namespace["forward"]
+
+
+@functools.cache
+def _namespace() -> Mapping[str, Any]:
+    """What fx's text may name: torch and some builtins."""
+    return {**fx.Graph().python_code("self").globals, "getattr": getattr}

@@ -1,0 +1,253 @@
+"""Fuses one list of experts: what its module computes is recorded, rewritten around one call, and proven."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ..fused import BIAS, DOWN_NAME, UP_NAMES, FusedExperts
+from .candidates import ExpertList, find_parents, structure
+from .combine import find_combines
+from .expert import ExpertPlan, leaves_of
+from .forwards import Variant, prepared_class, source_of
+from .rebuild import Found, rebuild
+from .record import FusedList, Unsuited, join, replace_module
+from .routing import find_routing
+from .stack import Stack
+from .verify import check_expert, check_real, check_synthetic, real_outputs
+
+# Leading dims of the inputs of the two recordings; sizes are told apart by them, so they share no factor.
+_RECORDED: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {3: ((3, 7), (5, 11)), 2: ((21,), (55,))}
+_CHECKED: dict[int, tuple[tuple[int, ...], ...]] = {3: ((1, 1), (2, 16)), 2: ((1,), (32,))}
+_SAMPLED = 4  # experts of each list that are compared one by one
+
+
+@dataclass(frozen=True)
+class Forwards:
+    """The forwards of one kind of module: their sources, by mode and rank of the input."""
+
+    sources: tuple[tuple[Variant, str], ...]
+    top_k: int
+    weighted: str
+    width: int
+
+
+@dataclass
+class Memo:
+    """What equal layers share."""
+
+    plans: dict[Hashable, ExpertPlan | Unsuited] = field(default_factory=dict)
+    forwards: dict[Hashable, Forwards] = field(default_factory=dict)
+
+
+def fuse(model: nn.Module, found: ExpertList, memo: Memo) -> FusedList:
+    """Fuse a list of experts in place.
+
+    Raises:
+        Unsuited: it stays as it is, and computes what it did.
+    """
+    plan = _plan(found, memo)
+    reasons: list[Unsuited] = []
+    for parent_path in find_parents(model, found.path):
+        parent = model.get_submodule(parent_path)
+        try:
+            return _fuse_in(model, parent_path, parent, found, plan, memo)
+        except Unsuited as reason:
+            reasons.append(reason)
+    if reasons:
+        raise reasons[0]
+    raise Unsuited("no module around it takes hidden states alone", "give the owner of the list a forward(hidden_states)")
+
+
+def _plan(found: ExpertList, memo: Memo) -> ExpertPlan:
+    dtype = _dtype(found.experts[0])
+    key = structure(found.experts[0]), dtype
+    if key not in memo.plans:
+        try:
+            memo.plans[key] = ExpertPlan(found.experts[0], dtype)
+        except Unsuited as reason:
+            memo.plans[key] = reason
+    plan = memo.plans[key]
+    if isinstance(plan, Unsuited):
+        raise plan
+    return plan
+
+
+def _fuse_in(
+    model: nn.Module, parent_path: str, parent: nn.Module, found: ExpertList, plan: ExpertPlan, memo: Memo
+) -> FusedList:
+    path = found.path[len(parent_path) + 1 :] if parent_path else found.path
+    forwards = _forwards(parent, path, found, plan, memo)
+    dtype = _dtype(found.experts[0])
+    rank = forwards.sources[0][0][1]
+    inputs = [_random(shape, forwards.width, found, dtype) for shape in (_RECORDED[rank][0], _CHECKED[rank][0])]
+    training = parent.training
+    if (training, rank) not in dict(forwards.sources):
+        raise Unsuited(f"its forward cannot be followed in {'training' if training else 'eval'} mode")
+    expected = real_outputs(parent, inputs)
+    probe = _random((2,), plan.in_features, found, dtype)
+    sampled = sorted({*range(0, len(found.experts), max(1, len(found.experts) // _SAMPLED)), len(found.experts) - 1})
+    alone = [real_outputs(found.experts[e], [probe]) for e in sampled]
+    stack = Stack(plan, found.experts)
+    fused = stack.module(dtype, "output")
+    fused.weighted = forwards.weighted
+    fused.train(training)
+    original = type(parent)
+    quantized = any(p.activations != "none" for p in plan.products)
+    try:
+        for e, outputs in zip(sampled, alone, strict=True):
+            check_expert(fused, e, probe, outputs, quantized)
+        replace_module(parent, path, fused)
+        parent.__class__ = prepared_class(original, forwards.sources)
+        check_real(expected, real_outputs(parent, inputs), quantized)
+    except Exception:
+        replace_module(parent, path, found.container)
+        parent.__class__ = original
+        stack.undo()
+        raise
+    return FusedList(
+        found.path, parent_path or "(model)", len(found.experts), forwards.top_k, plan.activation, _names(found, fused, plan)
+    )
+
+
+def _forwards(parent: nn.Module, path: str, found: ExpertList, plan: ExpertPlan, memo: Memo) -> Forwards:
+    """The parent's forwards: those of an equal layer where they hold for this one, else derived anew."""
+    key = type(parent), path, structure(found.experts[0]), len(found.experts), _children(parent), parent.training
+    known = memo.forwards.get(key)
+    if known is not None:
+        try:
+            for (training, rank), _ in known.sources:
+                if training == parent.training:
+                    _check(parent, path, found, plan, known, rank, _CHECKED[rank][-1:])
+            return known
+        except Unsuited:
+            pass
+    derived = _derive(parent, path, found, plan)
+    memo.forwards[key] = derived
+    return derived
+
+
+def _derive(parent: nn.Module, path: str, found: ExpertList, plan: ExpertPlan) -> Forwards:
+    variants: dict[Variant, tuple[str, int, str, int]] = {}
+    reasons: dict[Variant, Unsuited] = {}
+    mode = parent.training
+    for training in (mode, not mode):
+        for rank in _RECORDED:
+            try:
+                with _mode(parent, training):
+                    variants[training, rank] = _derive_variant(parent, path, found, plan, rank)
+            except Unsuited as reason:
+                reasons[training, rank] = reason
+        if training == mode and not variants:
+            raise next(iter(reasons.values()))
+    first = next(iter(variants.values()))
+    same = {variant: v for variant, v in variants.items() if v[1:] == first[1:]}
+    return Forwards(tuple((variant, v[0]) for variant, v in same.items()), *first[1:])
+
+
+def _derive_variant(
+    parent: nn.Module, path: str, found: ExpertList, plan: ExpertPlan, rank: int
+) -> tuple[str, int, str, int]:
+    """(source, top_k, weighted, width) of the forward for inputs of one rank, in the parent's mode."""
+    reasons = []
+    for width in _widths(parent, plan):
+        try:
+            first, second = (_find(parent, found, plan, shape, width) for shape in _RECORDED[rank])
+            combine = first.combine
+            if not combine.only_chosen and any(p.activations == "dynamic" for p in plan.products):
+                raise Unsuited(
+                    "it gives its experts tokens that did not choose them, which takes part in dynamic scales",
+                    "give experts the tokens that chose them alone",
+                )
+            text = source_of(rebuild(first, second, path))
+            result = text, first.routing.top_k, combine.weighted, width
+            _check(parent, path, found, plan, Forwards((((parent.training, rank), text),), *result[1:]), rank)
+            return result
+        except Unsuited as reason:
+            reasons.append(reason)
+    raise reasons[0]
+
+
+def _find(parent: nn.Module, found: ExpertList, plan: ExpertPlan, shape: tuple[int, ...], width: int) -> Found:
+    x = _random(shape, width, found, _dtype(found.experts[0]))
+    reason = Unsuited("the experts' results are not added up row by row", "weigh each token's results and add them")
+    for combine in find_combines(parent, found.experts, x, plan.out_features):
+        try:
+            return Found(combine, find_routing(combine))
+        except Unsuited as other:
+            reason = other
+    raise reason
+
+
+def _check(
+    parent: nn.Module,
+    path: str,
+    found: ExpertList,
+    plan: ExpertPlan,
+    forwards: Forwards,
+    rank: int,
+    shapes: tuple[tuple[int, ...], ...] | None = None,
+) -> None:
+    """Synthetic experts, at sizes that were not recorded, and with tokens that all choose the same experts."""
+    made = prepared_class(type(parent), forwards.sources)
+    run = made._variants[parent.training, rank]  # type: ignore[attr-defined]
+    dtype = _dtype(found.experts[0])
+    inputs = [_random(shape, forwards.width, found, dtype) for shape in shapes or _CHECKED[rank]]
+    inputs.append(inputs[-1][..., :1, :].expand_as(inputs[-1]).contiguous())
+    check_synthetic(parent, found.experts, path, run, inputs, plan.out_features, forwards.weighted)
+
+
+class _mode:  # noqa: N801 - a context manager
+    """A module in training or eval mode for a while, each submodule back in its own after it."""
+
+    def __init__(self, module: nn.Module, training: bool) -> None:
+        self._module, self._training = module, training
+
+    def __enter__(self) -> None:
+        self._before = [(m, m.training) for m in self._module.modules()]
+        if self._module.training != self._training:
+            self._module.train(self._training)
+
+    def __exit__(self, *_: object) -> None:
+        for module, training in self._before:
+            module.training = training
+
+
+def _widths(parent: nn.Module, plan: ExpertPlan) -> list[int]:
+    """What the parent's hidden states may be wide: as the experts take them, or as one of its linears does."""
+    linears = [m.in_features for m in parent.children() if isinstance(m, nn.Linear)]
+    return list(dict.fromkeys([plan.in_features, *linears]))
+
+
+def _random(shape: tuple[int, ...], width: int, found: ExpertList, dtype: torch.dtype) -> Tensor:
+    device = next(leaves_of(found.experts[0])).get().device
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(*shape, width, generator=generator).to(device, dtype)
+
+
+def _dtype(expert: nn.Module) -> torch.dtype:
+    """What the experts' hidden states are: packed parameters show it, else other parameters and buffers do."""
+    shown = (torch.float32, torch.bfloat16, torch.float16)
+    tensors = [*expert.parameters(), *expert.buffers()]
+    packed = [t.dtype for t in tensors if t.dtype in shown and t.dim() > 1]
+    return (packed or [torch.get_default_dtype()])[0]
+
+
+def _children(parent: nn.Module) -> Hashable:
+    return tuple((name, type(m)) for name, m in parent.named_children())
+
+
+def _names(found: ExpertList, fused: FusedExperts, plan: ExpertPlan) -> dict[str, tuple[str, ...]]:
+    """New parameter -> its names before, one an expert."""
+    names: dict[str, tuple[str, ...]] = {}
+    leaves = [leaf.name for leaf in leaves_of(found.experts[0])]
+    for new, source in zip((*UP_NAMES[plan.layout], DOWN_NAME), plan.sources(), strict=True):
+        for name, part in ((new, "qdata"), (new + BIAS, "bias")):
+            leaf = source.get(part)
+            if leaf is not None:
+                old = leaves[leaf].removesuffix(".qdata")
+                names[join(found.path, name)] = tuple(join(found.path, key, old) for key in found.container._modules)
+    return names
