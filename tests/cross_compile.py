@@ -21,11 +21,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fx_nvfp4.kernels.batched import batched_kernel
-from fx_nvfp4.kernels.config import DEQUANTIZE, FAKE_QUANTIZE_BLOCKS, INDEXED, gemm_config
+from fx_nvfp4.kernels.config import DEQUANTIZE, FAKE_QUANTIZE_BLOCKS, INDEXED, gemm_config, gradient_config
 from fx_nvfp4.kernels.dequantize import dequantize_kernel
 from fx_nvfp4.kernels.fake_quantize import fake_quantize_kernel
 from fx_nvfp4.kernels.grouped import grouped_kernel
 from fx_nvfp4.kernels.indexed import indexed_kernel
+from fx_nvfp4.kernels.input_grad import SPLIT_BLOCK, input_grad_kernel, split_grad_kernel
 
 TARGETS = {
     **{str(arch): GPUTarget("cuda", arch, 32) for arch in (80, 86, 89, 90, 100, 120)},
@@ -40,9 +41,12 @@ QUICK_DTYPE_ROWS = (("bf16", 16), ("bf16", 64), ("fp16", 32), ("fp32", 64))
 def kernel_calls(dtype: str, rows: int, hip: bool) -> dict[str, tuple[Any, dict[str, Any]]]:
     """Every kernel with its compile-time arguments."""
     config = gemm_config(rows, DTYPES[dtype], hip).meta()
+    parts = 3 if dtype == "fp32" else 2
     return {
         "batched": (batched_kernel, config),
         "grouped": (grouped_kernel, {**config, "GROUPS": 256}),
+        "input_grad": (input_grad_kernel, {**gradient_config(rows, hip).meta(), "PARTS": parts, "GROUPS": 256}),
+        "split_grad": (split_grad_kernel, {"PARTS": parts, "BLOCK": SPLIT_BLOCK}),
         "indexed": (indexed_kernel, INDEXED.meta()),
         "dequantize": (dequantize_kernel, DEQUANTIZE.meta()),
         "fake_quantize": (fake_quantize_kernel, {"APPLY_SCALE": True, "BLOCKS": FAKE_QUANTIZE_BLOCKS}),
@@ -54,7 +58,7 @@ def argument_type(name: str, dtype: str) -> str:
     if not name.endswith("_ptr"):
         return "i32"
     bytes_and_indices = {"qdata_ptr": "u8", "block_scale_ptr": "u8", "offs_ptr": "i32", "ids_ptr": "i64"}
-    bytes_and_indices["row_group_ptr"] = "i64"
+    bytes_and_indices.update(row_group_ptr="i64", order_ptr="i64", parts_ptr="bf16")
     if name in ("x_ptr", "out_ptr"):
         return f"*{dtype}"
     return f"*{bytes_and_indices.get(name, 'fp32')}"
@@ -112,7 +116,8 @@ def describe(compiled: Any, target: GPUTarget) -> dict[str, Any]:
 
 def combinations(full: bool) -> Iterator[tuple[str, int, frozenset[str]]]:
     """dtype, rows, and the kernels to compile with them; kernels whose tile ignores rows come once per dtype."""
-    tiled, others = frozenset({"batched", "grouped"}), frozenset({"indexed", "dequantize", "fake_quantize"})
+    tiled = frozenset({"batched", "grouped", "input_grad"})
+    others = frozenset({"indexed", "dequantize", "fake_quantize", "split_grad"})
     if full:
         for dtype in DTYPES:
             for rows in ROWS:
@@ -120,7 +125,7 @@ def combinations(full: bool) -> Iterator[tuple[str, int, frozenset[str]]]:
         return
     for i, (dtype, rows) in enumerate(QUICK_DTYPE_ROWS):
         # batched and grouped share their tile, so each is compiled for every other combination.
-        yield dtype, rows, frozenset({"grouped" if i % 2 else "batched"})
+        yield dtype, rows, frozenset({"grouped" if i % 2 else "batched", "input_grad"})
     yield "bf16", ROWS[0], others
 
 

@@ -45,6 +45,17 @@ def gemm_config(rows: int, dtype: torch.dtype, hip: bool | None = None) -> GemmC
     return GemmConfig(block_m, 64, 128, num_warps=8 if block_m == 64 else 4, num_stages=num_stages)
 
 
+def gradient_config(rows: int, hip: bool | None = None) -> GemmConfig:
+    """For gradients of x, of which one expert is expected to see `rows` rows: BLOCK_N is the step, BLOCK_K on output.
+
+    The largest tile of which no target spills registers.
+    """
+    if hip is None:
+        hip = torch.version.hip is not None
+    block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
+    return GemmConfig(block_m, 64, 64, num_warps=8 if block_m == 64 else 4, num_stages=2 if hip else 3)
+
+
 @dataclass(frozen=True)
 class RowConfig:
     """Launch parameters of the kernels that handle one row of x, or no product at all."""
