@@ -17,7 +17,7 @@ from .experts import Memo, Site, find_sites
 from .nodes import hint
 from .place import origin, where
 from .rewrite import rewrite
-from .rewrite_grad import rewrite_grad, spell_out_fallback
+from .rewrite_grad import spell_out_fallback
 from .verify import find_dequantized, find_spelled
 
 OP_NAMES = ("linear", "batched", "indexed", "grouped", "input_grad")
@@ -52,7 +52,7 @@ def emulate(
     with cost.stage("rewrite"):
         for site in sites:
             try:
-                done = (rewrite_grad if site.contracts_rows else rewrite)(graph, site)
+                done = rewrite(graph, site)
             except CannotRewriteError as error:
                 refused.append(_not_served(site, error))
                 known.add(site.weight.operand)

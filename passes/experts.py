@@ -1,9 +1,9 @@
-"""Finds the matrix products of a graph and what their weights are."""
+"""Finds which matrix products of a graph have a packed weight, recognising each structure once."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,20 +15,10 @@ from torch.fx import Node
 from .cone import cone_key, cone_nodes
 from .found import Axis, PackedWeight, Refusal
 from .nodes import shape_of
+from .products import Product, find_products
 from .weights import recognise_weight
 
-aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class Product:
-    """A matrix product left @ right (+ bias), rows grouped by offs where it is a grouped one."""
-
-    node: Node
-    left: Node
-    right: Node
-    bias: Node | None = None
-    offs: Node | None = None
+__all__ = ["Memo", "Product", "Site", "find_products", "find_sites"]
 
 
 @dataclass(frozen=True)
@@ -47,15 +37,6 @@ class Site:
     def contracts_rows(self) -> bool:
         """Whether the product sums over the weight's output rows, as the gradient of x does, and not over K."""
         return self.weight.k_dim == len(shape_of(self.weight.operand)) - (2 if self.on_left else 1)
-
-
-def find_products(graph: fx.Graph) -> Iterator[Product]:
-    """Every matrix product of the graph whose arithmetic the ops reproduce."""
-    for node in graph.nodes:
-        parse = _PRODUCTS.get(node.target) or _transformers_product(node)
-        product = parse(node) if parse else None
-        if product is not None:
-            yield product
 
 
 def find_sites(graph: fx.Graph, memo: Memo) -> tuple[list[Site], list[Refusal]]:
@@ -103,7 +84,7 @@ class Memo:
     def _fingerprint(self, node: Node) -> bytes | None:
         value = self._constants.get(node)
         with unset_fake_temporarily():
-            return None if value is None else value.cpu().contiguous().view(torch.uint8).numpy().tobytes()
+            return None if value is None else value.cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def _renamed(result: Any, names: Mapping[Node, Node]) -> Any:
@@ -116,47 +97,3 @@ def _renamed(result: Any, names: Mapping[Node, Node]) -> Any:
         changes = {f.name: _renamed(getattr(result, f.name), names) for f in dataclasses.fields(result)}
         return type(result)(**changes)
     return result
-
-
-def _plain(node: Node) -> Product | None:
-    left, right = node.args[:2]
-    assert isinstance(left, Node)
-    assert isinstance(right, Node)
-    return Product(node, left, right)
-
-
-def _with_bias(node: Node) -> Product | None:
-    bias, left, right = node.args[:3]
-    assert isinstance(bias, Node)
-    assert isinstance(left, Node)
-    assert isinstance(right, Node)
-    if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("beta", 1) != 1:
-        return None
-    return Product(node, left, right, bias=bias)
-
-
-def _grouped(node: Node) -> Product | None:
-    args = [*node.args, *(None,) * (5 - len(node.args))]
-    left, right, offs, bias, out_dtype = args[:5]
-    offs, bias = node.kwargs.get("offs", offs), node.kwargs.get("bias", bias)
-    assert isinstance(left, Node)
-    assert isinstance(right, Node)
-    if not isinstance(offs, Node) or node.kwargs.get("out_dtype", out_dtype) is not None:
-        return None
-    return Product(node, left, right, bias if isinstance(bias, Node) else None, offs)
-
-
-_PRODUCTS: dict[Any, Callable[[Node], Product | None]] = {
-    aten.mm.default: _plain,
-    aten.bmm.default: _plain,
-    aten.addmm.default: _with_bias,
-    aten.baddbmm.default: _with_bias,
-    aten._grouped_mm.default: _grouped,
-}
-
-
-def _transformers_product(node: Node) -> Callable[[Node], Product | None] | None:
-    """transformers spells the grouped product of fp32 and fp16 models as an op of its own."""
-    target = node.target
-    known = isinstance(target, torch._ops.OpOverload) and target.name() == "transformers::grouped_mm_fallback"
-    return _grouped if known else None

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch.fx import Node
 
-AxisKind = Literal["dim", "affine", "const", "quotient", "remainder", "index"]
+AxisKind = Literal["dim", "affine", "const", "quotient", "remainder", "index", "pair"]
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,9 @@ class Axis:
     "affine": coordinate `dim` * `size` + `value`, a slice of the leaf's dimension.
     "const": always `value`.
     "quotient": coordinate `dim` // `size`.
-    "remainder": coordinate `dim` % `size`.
-    "index": the value of integer `node`, whose dimensions are addressed by `index_axes`.
+    "remainder": coordinate `dim` % `size`; if that is not all of the leaf's dimension, times `step`, plus `value`.
+    "index": the value of integer `node`, whose dimensions are addressed by `index_axes`; a symbolic number has none.
+    "pair": `parts[0]` * `size` + `parts[1]`, two dimensions that the leaf holds flattened.
     """
 
     kind: AxisKind
@@ -29,11 +30,13 @@ class Axis:
     size: int | None = None
     node: Node | None = None
     index_axes: tuple[Axis, ...] = ()
+    step: int | None = None
+    parts: tuple[Axis, ...] = ()
 
     def dims(self) -> frozenset[int]:
         """The operand's dimensions that take part."""
         own = frozenset() if self.dim is None else frozenset((self.dim,))
-        return own.union(*(axis.dims() for axis in self.index_axes))
+        return own.union(*(axis.dims() for axis in (*self.index_axes, *self.parts)))
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,9 @@ class PackedWeight:
     `qdata_axes` are those of qdata's dimensions except `packed_dim`, the one that holds two codes a byte;
     `scale_axes` those of block_scale's except `scale_dim`. If `scale_layout` is "swizzled", the dimensions from
     `scale_dim` on hold 128 x 4 tiles, and `scale_axes` are those before, then those of the tiles' rows (several: the
-    rows of several of qdata's dimensions flattened). Recognition relied on the values of `tables`. Zeros compare
-    without their signs. A block_scale of dtype uint8 holds the bytes of float8_e4m3fn.
+    rows of several of qdata's dimensions flattened). `nibbles` tells where in an element of qdata its codes lie, in the
+    order of K: 0 is the lowest four bits. Recognition relied on the values of `tables`. Zeros compare without their
+    signs. A block_scale of dtype uint8 holds the bytes of float8_e4m3fn.
     """
 
     operand: Node
@@ -58,11 +62,16 @@ class PackedWeight:
     scale_dim: int
     scale_layout: Literal["linear", "swizzled"]
     global_axes: tuple[Axis, ...]
-    low_nibble_first: bool
+    nibbles: tuple[int, ...]
     global_op: Literal["multiply", "divide"] | None
     formula: str
     dtype: torch.dtype
     tables: tuple[Node, ...]
+
+    @property
+    def low_nibble_first(self) -> bool:
+        """Whether the codes lie in the order of their bits, as they do in canonical bytes."""
+        return self.nibbles == tuple(range(len(self.nibbles)))
 
     def axis(self, dim: int) -> Axis:
         """How dimension `dim` of qdata, any but `packed_dim`, is addressed."""

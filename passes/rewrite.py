@@ -2,27 +2,34 @@
 
 Before:  w = dequantise(qdata, scales);  y = bmm(x.unsqueeze(1), w[ids].transpose(1, 2)).squeeze(1)
 After:   y = fx_nvfp4.indexed(x, qdata, block_scale, global_scale, ids)
+
+A product that sums over the weight's rows, as the gradient of x does, becomes `input_grad` in the same layouts:
+
+Before:  dx = mm(grad, w)
+After:   dx = fx_nvfp4.input_grad(grad, qdata, block_scale, global_scale)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import fx
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from .canonical import Parts, canonical, map_parts
 from .emitter import CannotRewriteError, Emitter, shape
+from .expert_ids import ids_by_slot, static
 from .experts import Site
-from .found import Axis, PackedWeight
+from .product_layout import Layout
+from .products import parse_product
 
 aten = torch.ops.aten
 prims = torch.ops.prims
 nvfp4 = torch.ops.fx_nvfp4
-
-Parts = tuple[Node, Node, Node]  # qdata, block_scale, global_scale
 
 
 @dataclass(frozen=True)
@@ -34,337 +41,230 @@ class Rewritten:
 
 
 def rewrite(graph: fx.Graph, site: Site) -> Rewritten:
-    """Replace one product that contracts K (:mod:`.rewrite_grad` has the others); nothing changes if this raises.
+    """Replace one product; the graph is unchanged if this raises.
 
     Raises:
         CannotRewriteError: no op computes this product.
     """
+    product = parse_product(site.product.node)  # anew: its operands may have been products that are replaced by now
+    assert product is not None
+    site = replace(site, product=product)
     layout = Layout.of(site)
-    emit = Emitter(graph, site.product.node)
+    emit = Emitter(graph, product.node)
     try:
-        with graph.inserting_before(site.product.node):
-            weight = canonical(emit, site.weight)
-            op, y = _BUILDERS[layout.kind](emit, site, layout, weight)
-            if site.product.bias is not None:
-                y = emit(aten.add.Tensor, y, site.product.bias)
+        with graph.inserting_before(product.node):
+            weight = canonical(emit, site.weight, grouped=product.offs is not None)
+            parts = weight.parts()
+            if product.alpha != 1:
+                parts = (*parts[:2], emit(aten.mul.Scalar, parts[2], product.alpha))
+            builder = _Builder(emit, site, layout, parts)
+            y = builder.from_rows(_BUILDERS[layout.kind](builder, builder.as_rows()))
+            if product.bias is not None:
+                y = emit(aten.add.Tensor, y, product.bias, alpha=product.beta)
     except CannotRewriteError:
         emit.undo()
         raise
-    site.product.node.replace_all_uses_with(y)
-    graph.erase_node(site.product.node)
-    return Rewritten(op, weight.notes)
+    product.node.replace_all_uses_with(y)
+    graph.erase_node(product.node)
+    assert builder.op is not None
+    return Rewritten(builder.op, weight.notes)
 
 
-# Which op, and how the operand's dims are made of the weight's rows
+class _Builder:
+    """What the layouts share: operands, the rows of x, and the ops on them.
 
-
-@dataclass(frozen=True)
-class Layout:
-    """How a product uses the weight's [E, N] or [N] rows.
-
-    kind: "linear", "merged" (all experts' rows side by side), "batched", "grouped", "indexed" (one expert a batch)
-    or "spread" (several chosen experts' rows side by side in each batch).
+    F, G: features that enter and leave, K and N; in a product over the rows N and K.
     """
 
-    kind: str
-    expert: Axis | None
-    row: Axis
+    def __init__(self, emit: Emitter, site: Site, layout: Layout, parts: Parts) -> None:
+        self.emit, self.site, self.layout = emit, site, layout
+        self.op: Node | None = None
+        self._parts = parts
 
-    @staticmethod
-    def of(site: Site) -> Layout:
-        w = site.weight
-        axes = [w.axis(d) for d in _row_dims(w)]
-        if not 1 <= len(axes) <= 2:
-            raise CannotRewriteError(
-                f"codes {shape(w.qdata)} have {len(axes)} dims of rows", "store [N, K/2] or [E, N, K/2]"
-            )
-        expert, row = (None, axes[0]) if len(axes) == 1 else (axes[0], axes[1])
-        _check_operands(site)
-        return Layout(_kind(site, expert, row), expert, row)
+    def as_rows(self) -> Node:
+        """x as [.., M, F]; a weight on the left takes the other operand transposed."""
+        x = self.site.x
+        if len(shape(x)) == 1:
+            return self.emit(aten.unsqueeze.default, x, 0)
+        return self._transposed(x) if self.site.on_left else x
 
+    def from_rows(self, y: Node) -> Node:
+        """[.., M, G] in place of the product."""
+        if len(shape(self.site.x)) == 1:
+            return self.emit(aten.squeeze.dim, y, 0)
+        return self._transposed(y) if self.site.on_left else y
 
-def _kind(site: Site, expert: Axis | None, row: Axis) -> str:
-    rank = len(shape(site.weight.operand))
-    n_dim = 2 * rank - 3 - site.weight.k_dim
-    codes, operand = [shape(site.weight.qdata)[d] for d in _row_dims(site.weight)], shape(site.weight.operand)
-    one_row = codes[-1] == 1 and isinstance(operand[n_dim], int) and operand[n_dim] == 1
-    whole = (row.kind == "dim" and row.dim == n_dim) or one_row
-    part = row.kind == "affine" and row.dim == n_dim and row.size == 1
-    by_batch = expert is not None and rank == 3 and expert.kind == "dim" and expert.dim == 0
-    by_batch |= expert is not None and rank == 3 and codes[0] == 1 and operand[0] == 1
-    if site.product.offs is not None:
-        if whole and by_batch:
-            return "grouped"
-    elif whole or part:
-        if expert is None or expert.kind == "const":
-            return "linear"
-        if by_batch:
-            return "batched"
-        if rank == 3 and expert.kind == "index" and expert.dims() <= {0}:
-            return "indexed"
-    elif row.kind == "remainder" and row.dim == n_dim and expert is not None:
-        if expert.kind == "quotient" and (expert.dim, expert.size) == (n_dim, row.size):
-            return "merged"
-        if rank == 3 and expert.kind == "index" and _splits_rows(expert, n_dim, row.size):
-            return "spread"
-    raise CannotRewriteError(
-        f"rows are addressed as {_text(expert)} and {_text(row)} in {site.product.node.target}",
-        "linear, batched, grouped and indexed products of whole experts are served",
-    )
-
-
-def _splits_rows(expert: Axis, n_dim: int, size: int | None) -> bool:
-    """Whether ids [B, A] are read at (batch, n // size): each batch's operand is A experts side by side."""
-    axes = expert.index_axes
-    if len(axes) != 2 or expert.node is None:
-        return False
-    one_batch = shape(expert.node)[0] == 1 and axes[0].kind == "const"
-    return (one_batch or (axes[0].kind, axes[0].dim) == ("dim", 0)) and (axes[1].kind, axes[1].dim, axes[1].size) == (
-        "quotient",
-        n_dim,
-        size,
-    )
-
-
-def _check_operands(site: Site) -> None:
-    x = site.x.meta["val"]
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or site.product.node.meta["val"].dtype != x.dtype:
-        raise CannotRewriteError(f"activations are {x.dtype}", "use float32, bfloat16 or float16 for both operands")
-    if site.product.offs is not None and (site.on_left or len(x.shape) != 2):
-        raise CannotRewriteError("a grouped product whose groups lie along K or N", "group the rows of x")
-
-
-# Canonical operands
-
-
-@dataclass(frozen=True)
-class CanonicalWeight:
-    """Nodes of qdata [.., N, K/2] and block_scale [.., N, K/16] (uint8) and global_scale [.., N] (float32)."""
-
-    qdata: Node
-    block_scale: Node
-    global_scale: Node
-    notes: tuple[str, ...]
+    def _transposed(self, x: Node) -> Node:
+        rank = len(shape(x))
+        return self.emit(aten.permute.default, x, [*range(rank - 2), rank - 1, rank - 2])
 
     def parts(self) -> Parts:
-        return self.qdata, self.block_scale, self.global_scale
-
-
-def map_parts(emit: Emitter, parts: Parts, target: Any, *args: Any) -> Parts:
-    qdata, block_scale, global_scale = (emit(target, part, *args) for part in parts)
-    return qdata, block_scale, global_scale
-
-
-def canonical(emit: Emitter, w: PackedWeight) -> CanonicalWeight:
-    if w.scale_layout != "linear":
-        raise CannotRewriteError("block scales lie in 128 x 4 tiles", "unswizzle them when the model is loaded")
-    if _leading(w.scale_axes, w.block_scale, w.scale_dim) != _leading(w.qdata_axes, w.qdata, w.packed_dim):
-        raise CannotRewriteError("block scales are addressed differently from codes", "give both the same leading dims")
-    notes: list[str] = []
-    rows = [shape(w.qdata)[d] for d in _row_dims(w)]
-    qdata = _last(emit, w.qdata, w.packed_dim, rows, notes)
-    if not w.low_nibble_first:
-        notes.append("codes with the high nibble first are swapped at each call; swap them once at load")
-        low, high = (
-            emit(aten.bitwise_right_shift.Tensor_Scalar, qdata, 4),
-            emit(aten.bitwise_left_shift.Tensor_Scalar, qdata, 4),
-        )
-        qdata = emit(aten.bitwise_or.Tensor, low, high)
-    block_scale = _last(emit, w.block_scale, w.scale_dim, rows, notes)
-    return CanonicalWeight(qdata, block_scale, _global_scale(emit, w, rows), tuple(notes))
-
-
-def _last(emit: Emitter, leaf: Node, dim: int, rows: Sequence[Any], notes: list[str]) -> Node:
-    """leaf as bytes [*rows, size of dim], dim moved to the end and contiguous."""
-    if leaf.meta["val"].dtype.itemsize != 1:
-        raise CannotRewriteError(
-            f"{leaf.name} packs codes in {leaf.meta['val'].dtype}", "store codes two to a byte, in uint8"
-        )
-    if leaf.meta["val"].dtype != torch.uint8:
-        leaf = emit(aten.view.dtype, leaf, torch.uint8)
-    sizes = shape(leaf)
-    order = [d for d in range(len(sizes)) if d != dim and sizes[d] != 1]
-    if order != sorted(order) or any(d > dim for d in order):
-        notes.append(f"{leaf.name} is laid out anew at each call; store it with K as the last dim")
-        leaf = emit(aten.permute.default, leaf, [d for d in range(len(sizes)) if d != dim] + [dim])
-        leaf = emit(aten.clone.default, leaf, memory_format=torch.contiguous_format)
-    return emit.view(leaf, [*rows, sizes[dim]])
-
-
-def _global_scale(emit: Emitter, w: PackedWeight, rows: Sequence[Any]) -> Node:
-    """The multiplier of every row, float32 [.., N]."""
-    if w.global_scale is None:
-        return emit.full(rows, 1.0, w.qdata)
-    scale = w.global_scale
-    if scale.meta["val"].dtype != torch.float32:
-        scale = emit(prims.convert_element_type.default, scale, torch.float32)
-    if w.global_op == "divide":
-        scale = emit(aten.reciprocal.default, scale)
-    axes = [w.axis(d) for d in _row_dims(w)]
-    kept = [(axis, size) for axis, size in zip(w.global_axes, shape(scale), strict=True) if size != 1]
-    if any(axis not in axes for axis, _ in kept):
-        raise CannotRewriteError(
-            f"the global scale {shape(scale)} is addressed differently from codes",
-            "give one per tensor, expert or row",
-        )
-    sizes = {axes.index(axis): size for axis, size in kept}
-    scale = emit.view(scale, [sizes.get(i, 1) for i in range(len(axes))])
-    return emit(aten.clone.default, emit(aten.expand.default, scale, list(rows)), memory_format=torch.contiguous_format)
-
-
-def _leading(axes: Sequence[Axis], leaf: Node, packed_dim: int) -> tuple[Axis, ...]:
-    """Axes of a leaf's dims but the packed one, without those of size 1, which address nothing."""
-    sizes = [size for d, size in enumerate(shape(leaf)) if d != packed_dim]
-    return tuple(axis for axis, size in zip(axes, sizes, strict=True) if size != 1)
-
-
-def _row_dims(w: PackedWeight) -> list[int]:
-    """The dims of the codes that are experts and rows: [N] or [E, N], of which one may be a single one.
-
-    Any other dim of size 1 addresses nothing.
-    """
-    sizes = shape(w.qdata)
-    dims = [d for d in range(len(sizes)) if d != w.packed_dim]
-    for d in list(dims):
-        if len(dims) > 2 and sizes[d] == 1:
-            dims.remove(d)
-    return dims
-
-
-# One builder an op: (op node, result in place of the product)
-
-
-def _linear(emit: Emitter, site: Site, layout: Layout, weight: CanonicalWeight) -> tuple[Node, Node]:
-    parts = weight.parts()
-    if layout.expert is not None:
-        parts = map_parts(emit, parts, aten.select.int, 0, layout.expert.value)
-    parts = restrict_rows(emit, site, layout, parts, 0)
-    return apply_to_rows(emit, site, lambda x: emit(nvfp4.linear.default, x, *parts))
-
-
-def _merged(emit: Emitter, site: Site, layout: Layout, weight: CanonicalWeight) -> tuple[Node, Node]:
-    parts = [emit.view(p, [-1, *shape(p)[2:]]) for p in weight.parts()]
-    return apply_to_rows(emit, site, lambda x: emit(nvfp4.linear.default, x, *parts))
-
-
-def _batched(emit: Emitter, site: Site, layout: Layout, weight: CanonicalWeight) -> tuple[Node, Node]:
-    parts = restrict_rows(emit, site, layout, weight.parts(), 1)
-    return apply_to_rows(emit, site, lambda x: emit(nvfp4.batched.default, x, *parts))
-
-
-def _grouped(emit: Emitter, site: Site, layout: Layout, weight: CanonicalWeight) -> tuple[Node, Node]:
-    op = emit(nvfp4.grouped.default, site.x, *weight.parts(), site.product.offs)
-    return op, op
-
-
-def _indexed(emit: Emitter, site: Site, layout: Layout, weight: CanonicalWeight) -> tuple[Node, Node]:
-    """Batch b of x [B, M, K] meets expert ids[b]: M rows each."""
-    assert layout.expert is not None
-    parts = restrict_rows(emit, site, layout, weight.parts(), 1)
-    ids = counted_from_zero(emit, emit.view(expert_ids(site, layout.expert), [-1]), weight)
-    m, n = static_size(shape(site.product.node)[1 + site.on_left]), rows_used(site)
-    if m != 1:
-        ids = emit.view(emit(aten.expand.default, emit(aten.unsqueeze.default, ids, 1), [-1, m]), [-1])
-
-    def product(x: Node) -> tuple[Node, Node]:
-        op = emit(nvfp4.indexed.default, emit.view(x, [-1, shape(x)[-1]]), *parts, ids)
-        return op, emit.view(op, [-1, m, n])
-
-    return apply_to_rows(emit, site, product)
-
-
-def _spread(emit: Emitter, site: Site, layout: Layout, weight: CanonicalWeight) -> tuple[Node, Node]:
-    """Batch b of x [B, M, K] meets the rows of experts ids[b, :] side by side, as einsum lays them out."""
-    assert layout.expert is not None
-    assert layout.expert.node is not None
-    ids = layout.expert.node
-    m, chosen = static_size(shape(site.product.node)[1 + site.on_left]), static_size(shape(ids)[1])
-    ids = counted_from_zero(emit, ids, weight)
-    every = emit.view(emit(aten.expand.default, emit(aten.unsqueeze.default, ids, 1), [-1, m, -1]), [-1])
-
-    def product(x: Node) -> tuple[Node, Node]:
-        rows = emit(aten.expand.default, emit(aten.unsqueeze.default, x, 2), [-1, -1, chosen, -1])
-        op = emit(nvfp4.indexed.default, emit.view(rows, [-1, shape(x)[-1]]), *weight.parts(), every)
-        return op, emit.view(op, [-1, m, rows_used(site)])
-
-    return apply_to_rows(emit, site, product)
-
-
-def restrict_rows(emit: Emitter, site: Site, layout: Layout, parts: Parts, dim: int) -> Parts:
-    """parts restricted to the rows that the operand shows, for example those of gate or up."""
-    if layout.row.kind == "dim":
+        """The weight's parts, of the experts and rows that the operand shows, for example the rows of gate or up."""
+        parts, (expert, row) = self._parts, (self.layout.expert, self.layout.row)
+        if expert is not None and expert.kind == "affine":
+            parts = self._sliced(parts, 0, expert.value, self._extent(0), expert.size)
+        dim = 0 if expert is None else 1
+        if row.kind == "affine":
+            assert row.dim is not None
+            return self._sliced(parts, dim, row.value, self._extent(row.dim), row.size)
+        if row.kind == "remainder" and row.value is not None:
+            return self._sliced(parts, dim, row.value, row.size, row.step)
         return parts
-    start = layout.row.value or 0
-    return map_parts(emit, parts, aten.slice.Tensor, dim, start, start + rows_used(site))
+
+    def _extent(self, dim: int) -> int:
+        return static(shape(self.site.weight.operand)[dim], "rows used" if dim else "experts used")
+
+    def _sliced(self, parts: Parts, dim: int, start: int | None, count: int | None, step: int | None) -> Parts:
+        assert start is not None
+        assert count is not None
+        assert step is not None
+        parts = map_parts(self.emit, parts, aten.slice.Tensor, dim, start, start + (count - 1) * step + 1, step)
+        # Rows of codes and block scales are read where they lie; the ops take global scales without gaps.
+        packed = (
+            self.emit(aten.clone.default, parts[2], memory_format=torch.contiguous_format) if step != 1 else parts[2]
+        )
+        return *parts[:2], packed
+
+    def multiply(self, op: Any, x: Node, parts: Parts, **routing: Node) -> Node:
+        """op, or its counterpart that sums over the rows."""
+        if self.site.contracts_rows:
+            self.op = self.emit(nvfp4.input_grad.default, x, *parts, **routing)
+        else:
+            self.op = self.emit(op, x, *parts, *routing.values())
+        return self.op
+
+    def sizes(self, x: Node) -> list[Any]:
+        return [self.emit.size(x, d) for d in range(len(shape(x)))]
 
 
-def static_size(size: Any) -> int:
-    if not isinstance(size, int):
-        raise CannotRewriteError(f"the number of rows a batch, {size}, is symbolic", "flatten the rows to one a batch")
-    return size
+# One builder a layout: x [.., M, F] -> [.., M, G]
 
 
-def expert_ids(site: Site, expert: Axis) -> Node:
-    """The node of expert ids, one per batch in order."""
-    ids = expert.node
-    assert ids is not None
-    axes = [(axis, size) for axis, size in zip(expert.index_axes, shape(ids), strict=True) if size != 1]
-    if not axes:
-        in_order = shape(site.weight.operand)[0] == 1
-    elif len(axes) == 2:
-        (quotient, _), (remainder, inner) = axes
-        in_order = (quotient.kind, remainder.kind) == ("quotient", "remainder") and quotient.size == inner
+def _linear(build: _Builder, x: Node) -> Node:
+    return build.multiply(nvfp4.linear.default, x, build.parts())
+
+
+def _batched(build: _Builder, x: Node) -> Node:
+    return build.multiply(nvfp4.batched.default, x, build.parts())
+
+
+def _grouped(build: _Builder, x: Node) -> Node:
+    assert build.site.product.offs is not None
+    return build.multiply(nvfp4.grouped.default, x, build.parts(), offs=build.site.product.offs)
+
+
+def _folded(build: _Builder, x: Node) -> Node:
+    """Batches of one expert one below the other: x [B, M, F] as [E, B / E * M, F]."""
+    emit, expert = build.emit, build.layout.expert
+    assert expert is not None
+    batches, m, features = build.sizes(x)
+    experts = static(shape(build.parts()[0])[0], "experts")
+    if not statically_known_true(shape(x)[0] % experts == 0):
+        raise CannotRewriteError(
+            f"{shape(x)[0]} batches are no multiple of {experts} experts", "complete the last round"
+        )
+    if expert.kind == "quotient":
+        y = build.multiply(nvfp4.batched.default, emit.reshape(x, [experts, -1, features]), build.parts())
+        return emit.reshape(y, [batches, m, shape(y)[-1]])
+    rows = emit(aten.permute.default, emit.reshape(x, [-1, experts, m, features]), [1, 0, 2, 3])
+    y = build.multiply(nvfp4.batched.default, emit.reshape(rows, [experts, -1, features]), build.parts())
+    apart = emit(aten.permute.default, emit.reshape(y, [experts, -1, m, shape(y)[-1]]), [1, 0, 2, 3])
+    return emit.reshape(apart, [batches, m, shape(y)[-1]])
+
+
+def _side(build: _Builder, x: Node) -> Node:
+    """All experts' rows are those of one weight, or for a part of them each expert meets all of x."""
+    emit, parts = build.emit, build.parts()
+    if build.layout.row.value is None:
+        flat = tuple(emit.view(p, [-1, *shape(p)[2:]]) for p in parts)
+        return build.multiply(nvfp4.linear.default, x, flat)  # type: ignore[arg-type]
+    *lead, features = build.sizes(x)
+    experts = static(shape(parts[0])[0], "experts")
+    if build.site.contracts_rows:
+        slots = emit(aten.permute.default, emit.reshape(x, [-1, experts, features // experts]), [1, 0, 2])
+        y = build.multiply(nvfp4.batched.default, slots, parts)
+        return emit.reshape(emit(aten.sum.dim_IntList, y, [0]), [*lead, shape(y)[-1]])
+    rows = emit(aten.unsqueeze.default, emit.reshape(x, [-1, features]), 0)
+    y = build.multiply(nvfp4.batched.default, emit(aten.expand.default, rows, [experts, -1, -1]), parts)
+    return emit.reshape(emit(aten.permute.default, y, [1, 0, 2]), [*lead, experts * shape(y)[-1]])
+
+
+def _crossed(build: _Builder, x: Node) -> Node:
+    """As `_side`, the features ordered by row first."""
+    emit, parts = build.emit, build.parts()
+    experts, rows = (static(size, "rows") for size in shape(parts[0])[:2])
+    flat = tuple(emit.view(p, [-1, *shape(p)[2:]]) for p in parts)
+
+    def reordered(t: Node, sizes: list[int]) -> Node:
+        *lead, features = build.sizes(t)
+        apart = emit.reshape(t, [*lead, *sizes])
+        rank = len(shape(apart))
+        swapped = emit(aten.permute.default, apart, [*range(rank - 2), rank - 1, rank - 2])
+        return emit.reshape(swapped, [*lead, features])
+
+    if build.site.contracts_rows:
+        return build.multiply(nvfp4.linear.default, reordered(x, [rows, experts]), flat)  # type: ignore[arg-type]
+    y = build.multiply(nvfp4.linear.default, x, flat)  # type: ignore[arg-type]
+    return reordered(y, [experts, rows])
+
+
+def _indexed(build: _Builder, x: Node) -> Node:
+    """Batch b of x [B, M, F] meets expert ids[b], or the rows of experts ids[b, :] side by side."""
+    emit, parts = build.emit, build.parts()
+    experts = static(shape(parts[0])[0], "experts")
+    ids = ids_by_slot(emit, build.site, build.layout, experts)
+    x3 = x if len(shape(x)) == 3 else emit(aten.unsqueeze.default, x, 0)
+    if shape(ids)[0] == 1 and shape(ids)[1] == 1:
+        y = _one_expert(build, x, ids, parts)
     else:
-        in_order = len(axes) == 1 and axes[0][0].kind == "dim"
-    if not in_order:
-        read = ", ".join(map(_text, expert.index_axes))
-        raise CannotRewriteError(f"expert ids {shape(ids)} are read at {read}", "select one expert a batch")
-    return ids
+        y = _slots(build, x3, ids, parts)
+    *lead, _ = build.sizes(x)
+    return emit.reshape(y, [*lead, shape(y)[-1]])
 
 
-def counted_from_zero(emit: Emitter, ids: Node, weight: CanonicalWeight) -> Node:
-    """Ids as the ops take them: in indexing, -1 is the last expert."""
-    if not ids.meta["val"].dtype.is_signed:
-        return ids
-    from_end = emit(aten.add.Scalar, ids, static_size(shape(weight.qdata)[0]))
-    return emit(aten.where.self, emit(aten.lt.Scalar, ids, 0), from_end, ids)
+def _slots(build: _Builder, x: Node, ids: Node, parts: Parts) -> Node:
+    """x [B, M, F] and ids [B, A] or [1, A] -> [B, M, G]; over the rows, F is A times theirs and slots are summed up."""
+    emit, chosen = build.emit, shape(ids)[1]
+    batches, m, features = build.sizes(x)
+    each = emit(aten.expand.default, emit(aten.unsqueeze.default, ids, 1), [batches, m, chosen])
+    if build.site.contracts_rows:
+        rows = emit.reshape(x, [-1, features // chosen])
+    else:
+        spread = emit(aten.expand.default, emit(aten.unsqueeze.default, x, 2), [batches, m, chosen, features])
+        rows = emit.reshape(spread, [-1, features])
+    y = build.multiply(nvfp4.indexed.default, rows, parts, ids=emit.reshape(each, [-1]))
+    if build.site.contracts_rows and chosen > 1:
+        y = emit(aten.sum.dim_IntList, emit.reshape(y, [-1, chosen, shape(y)[-1]]), [1])
+        chosen = 1
+    return emit.reshape(y, [batches, m, chosen * shape(y)[-1]])
 
 
-_BUILDERS = {
+def _one_expert(build: _Builder, x: Node, ids: Node, parts: Parts) -> Node:
+    """All rows in the group of one expert, whose number is known when the graph runs; groups of others are empty."""
+    emit = build.emit
+    rows = emit.reshape(x, [-1, shape(x)[-1]])
+    device = ids.meta["val"].device
+    every = emit(
+        prims.iota.default,
+        shape(parts[0])[0],
+        start=0,
+        step=1,
+        dtype=torch.int32,
+        device=device,
+        requires_grad=False,
+    )
+    begun = emit(aten.ge.Tensor, every, emit.reshape(ids, [1]))
+    ends = emit(aten.mul.Tensor, begun, emit.size(rows, 0))
+    offs = emit(prims.convert_element_type.default, ends, torch.int32)
+    return build.multiply(nvfp4.grouped.default, rows, parts, offs=offs)
+
+
+_BUILDERS: dict[str, Callable[[_Builder, Node], Node]] = {
     "linear": _linear,
-    "merged": _merged,
     "batched": _batched,
     "grouped": _grouped,
+    "folded": _folded,
+    "side": _side,
+    "crossed": _crossed,
     "indexed": _indexed,
-    "spread": _spread,
 }
-
-
-def apply_to_rows(emit: Emitter, site: Site, product: Callable[[Node], Any]) -> tuple[Node, Node]:
-    """product(x) for x [.., M, K]; a weight on the left takes and gives the other operand transposed."""
-
-    def pair(x: Node) -> tuple[Node, Node]:
-        y = product(x)
-        return y if isinstance(y, tuple) else (y, y)
-
-    if not site.on_left:
-        return pair(site.x)
-    rank = len(shape(site.x))
-    order = [*range(rank - 2), rank - 1, rank - 2]
-    op, y = pair(emit(aten.permute.default, site.x, order))
-    return op, emit(aten.permute.default, y, order)
-
-
-def rows_used(site: Site) -> int:
-    sizes = shape(site.weight.operand)
-    size = sizes[2 * len(sizes) - 3 - site.weight.k_dim]
-    if not isinstance(size, int):
-        raise CannotRewriteError(f"the number of output rows used, {size}, is symbolic", "use a fixed part of the rows")
-    return size
-
-
-def _text(axis: Axis | None) -> str:
-    if axis is None:
-        return "none"
-    size = "" if axis.size is None else f" by {axis.size}"
-    return f"{axis.kind} {axis.dim if axis.dim is not None else axis.node or axis.value}{size}"

@@ -16,8 +16,8 @@ _QUICK = 256
 
 def match_values(
     probe: Probe, qdata: Read, scale: Read, global_scale: Read | None, k_dim: int
-) -> tuple[bool, Literal["multiply", "divide"] | None, str]:
-    """Nibble order, direction of the global scale and name of the formula that reproduces every sample."""
+) -> tuple[tuple[int, ...], Literal["multiply", "divide"] | None, str]:
+    """Order of the nibbles, direction of the global scale and name of the formula that reproduces every sample."""
     readings = list(read_values(probe, qdata, scale, global_scale, k_dim))
     finite = readings[0].scale.isfinite()  # raw bytes may spell NaN, which no block scale is
     quick = finite.nonzero()[:: max(1, int(finite.sum()) // _QUICK), 0]
@@ -29,7 +29,7 @@ def match_values(
             if share == 1 and bool(_matches(probe.out, formula, reading)[finite].all()):
                 name = formula.name(probe.out.dtype) if global_scale else f"{SHORT[probe.out.dtype]}(v * s)"
                 op: Literal["multiply", "divide"] = "divide" if reading.divide else "multiply"
-                return reading.low_first, op if global_scale else None, name
+                return reading.nibbles, op if global_scale else None, name
             tried.append((share, formula, reading))
     nearest = sorted(tried, key=lambda t: -t[0])[:16]
     wrong = min((finite & ~_matches(probe.out, f, r) for _, f, r in nearest), key=lambda mask: int(mask.sum()))

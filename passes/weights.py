@@ -72,7 +72,7 @@ def _recognise(cone: Cone, constants: Mapping[Node, Tensor]) -> PackedWeight | R
     for read, axes in ((qdata, qdata_axes), (scale, scale_axes), (global_scale, global_axes)):
         if read and any(k_dim in axis.dims() for axis in axes):
             raise Refused(f"{read.node.name} is addressed by K in more than one dimension", "keep K one dimension")
-    low_first, op, formula = match_values(probe, qdata, scale, global_scale, k_dim)
+    nibbles, op, formula = match_values(probe, qdata, scale, global_scale, k_dim)
     return PackedWeight(
         operand=cone.operand,
         qdata=qdata.node,
@@ -85,7 +85,7 @@ def _recognise(cone: Cone, constants: Mapping[Node, Tensor]) -> PackedWeight | R
         scale_dim=scale_dim,
         scale_layout=layout,
         global_axes=global_axes,
-        low_nibble_first=low_first,
+        nibbles=nibbles,
         global_op=op,
         formula=formula,
         dtype=cone.operand.meta["val"].dtype,

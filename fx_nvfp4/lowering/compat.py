@@ -19,7 +19,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 
 # Decompositions that would turn one-row products into multiply and sum before any pass sees them: under
 # coordinate_descent_tuning, which the max-autotune modes set, and on a CPU.
-_PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
+_PRODUCTS = ("mm", "bmm", "mv", "addmm", "addmv", "baddbmm")
 
 
 class ChainedPasses(CustomGraphPass):
