@@ -38,8 +38,9 @@ class Projection:
 
     def rows(self, rows: slice) -> Projection:
         """The projection to some of the outputs, as views."""
-        weight = (t[:, rows] for t in (self.qdata, self.block_scale.view(torch.uint8), self.global_scale))
-        return Projection(*weight, None if self.bias is None else self.bias[:, rows], self.act)
+        qdata, block_scale, global_scale = self.qdata, self.block_scale.view(torch.uint8), self.global_scale
+        bias = None if self.bias is None else self.bias[:, rows]
+        return Projection(qdata[:, rows], block_scale[:, rows], global_scale[:, rows], bias, self.act)
 
     def of_expert(self, e: int) -> tuple[Tensor, Tensor, Tensor, Activations]:
         """What reference.matmul takes."""

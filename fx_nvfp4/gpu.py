@@ -46,16 +46,22 @@ def grouped(
 
 
 def moe(x: Tensor, ids: Tensor, weights: Tensor, block: Block) -> Tensor:
+    if ids.numel() == 0:
+        return x.new_zeros(x.shape[0], block.down.qdata.shape[1])
     order, offs = routing_kernels.sort_slots(ids, block.experts)
-    top, slot_ids = max(ids.shape[1], 1), ids.reshape(-1)
+    top, slot_ids = ids.shape[1], ids.reshape(-1)
     # Rows that are multiplied by their weight, or rounded with the scale of their expert, are no longer x's rows.
     apart = block.weighted == "input" or any(p.act.needs_experts for p in block.up)
     if apart:
         x, top = x.repeat_interleave(top, dim=0), 1
     x = block.enter(x, weights.reshape(-1))
-    ups = [_operand(x, p, slot_ids if apart else None) for p in _halves(block)]
-    h = moe_kernels.up(ups[-1], ups[0] if len(ups) == 2 else None, order, offs, top, block.activation.to_triton())
-    y = moe_kernels.down(_operand(h, block.down, slot_ids), order, offs)
+    acts = [p.act for p in block.up]
+    # Gate and up share the rounded rows unless each has a scale of its own.
+    acts = acts[:1] if all(act.scale is acts[0].scale for act in acts) else acts
+    entered = [_enter(x, act, slot_ids if apart else None, block.experts) for act in acts]
+    *gate, up = (_operand(entered[i % len(entered)], p) for i, p in enumerate(_halves(block)))
+    h = moe_kernels.up(up, gate[0] if gate else None, order, offs, top, block.activation.to_triton())
+    y = moe_kernels.down(_operand(_enter(h, block.down.act, slot_ids, block.experts), block.down), order, offs)
     return moe_kernels.combine(y, ids, weights if block.weighted == "output" else None, block.experts)
 
 
@@ -68,21 +74,6 @@ def fake_quantize(x: Tensor, scale: Tensor, dialect: str) -> Tensor:
 
 def dequantize(qdata: Tensor, block_scale: Tensor, global_scale: Tensor, dtype: torch.dtype) -> Tensor:
     return dequantize_kernels.dequantize(qdata, block_scale, global_scale, dtype)
-
-
-def _halves(block: Block) -> list[Projection]:
-    """Gate and up, or up alone, as views of the weights that hold them."""
-    if block.layout in ("separate", "plain"):
-        return list(block.up)
-    both, middle = block.up[0], block.up[0].qdata.shape[1] // 2
-    rows = (slice(None, None, 2), slice(1, None, 2)) if block.layout == "interleaved" else (
-        slice(None, middle), slice(middle, None))  # fmt: skip
-    return [both.rows(half) for half in rows]
-
-
-def _operand(x: Tensor, p: Projection, group: Tensor | None) -> moe_kernels.Operand:
-    operand, out_scale = _enter(x, p.act, group, p.qdata.shape[0])
-    return moe_kernels.Operand(operand, *p.weight, out_scale, p.bias)
 
 
 def input_grad(
@@ -99,6 +90,20 @@ def input_grad(
         return gradient_kernels.grouped(grad, qdata, block_scale, global_scale, offs)
     product = gradient_kernels.linear if qdata.dim() == 2 else gradient_kernels.batched
     return product(grad, qdata, block_scale, global_scale)
+
+
+def _halves(block: Block) -> list[Projection]:
+    """Gate and up, or up alone, as views of the weights that hold them."""
+    if block.layout in ("separate", "plain"):
+        return list(block.up)
+    both, middle = block.up[0], block.up[0].qdata.shape[1] // 2
+    rows = (slice(None, None, 2), slice(1, None, 2)) if block.layout == "interleaved" else (
+        slice(None, middle), slice(middle, None))  # fmt: skip
+    return [both.rows(half) for half in rows]
+
+
+def _operand(entered: tuple[Tensor, Tensor | None], p: Projection) -> moe_kernels.Operand:
+    return moe_kernels.Operand(entered[0], *p.weight, entered[1], p.bias)
 
 
 def _enter(x: Tensor, act: Activations, group: Tensor | None, groups: int) -> tuple[Tensor, Tensor | None]:

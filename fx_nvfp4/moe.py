@@ -133,7 +133,9 @@ def check_block(x: Tensor, ids: Tensor, weights: Tensor, block: Block) -> None:
             f"moe: weights must be floating point {list(ids.shape)}, one per id, "
             f"got {weights.dtype} {list(weights.shape)}"
         )
-    inner = block.down.qdata.shape[-1] * 2
+    check_weight("moe, down weight", *block.down.weight, 1)
+    inner = block.down.qdata.shape[2] * 2
+    _check_projection("moe, down weight", block.down, block.experts, inner)
     rows = inner * 2 if block.layout in ("concatenated", "interleaved") else inner
     for i, up in enumerate(block.up):
         _check_projection(f"moe, up weight {i}", up, block.experts, x.shape[1])
@@ -142,7 +144,6 @@ def check_block(x: Tensor, ids: Tensor, weights: Tensor, block: Block) -> None:
                 f"moe, up weight {i}: layout {block.layout!r} needs {rows} rows for the down weight's K = {inner}, "
                 f"got {up.qdata.shape[1]}"
             )
-    _check_projection("moe, down weight", block.down, block.experts, inner)
 
 
 def _check_projection(op: str, p: Projection, experts: int, k: int) -> None:

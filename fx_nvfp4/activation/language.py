@@ -59,8 +59,7 @@ class Expression:
 
     def to_triton(self) -> str:
         """Source of the same as a Triton function ``activation(g, u)``, for the names in kernels/activation.py."""
-        body = ast.unparse(_ToTriton().visit(ast.parse(self.text, mode="eval")))
-        return f"@triton.jit\ndef activation(g, u):\n    return {body}\n"
+        return _triton_source(self.text)
 
     def _operands(self, g: Tensor | None, u: Tensor) -> dict[str, Tensor]:
         if g is None and "g" in self.names:
@@ -81,6 +80,12 @@ def parse(text: str) -> Expression:
 @cache
 def tree_of(text: str) -> ast.expr:
     return ast.parse(text, mode="eval").body
+
+
+@cache
+def _triton_source(text: str) -> str:
+    body = ast.unparse(_ToTriton().visit(ast.parse(text, mode="eval")))
+    return f"@triton.jit\ndef activation(g, u):\n    return {body}\n"
 
 
 def _checked(text: str, names: tuple[str, ...]) -> ast.expr:
