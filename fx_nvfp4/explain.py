@@ -133,12 +133,12 @@ def _moved(report: Report, moves: _Moves) -> Report:
     """A report whose paths begin at the model and not at what the traced function calls its modules."""
 
     def path(name: str) -> str:
-        name, line = ("", name.removeprefix(ROOT)) if name.startswith(ROOT) else (name, "")
+        inside = "" if name.startswith(ROOT) else name  # the traced function's own code, known by its line
         for old, new in moves:
-            if not old or name == old or name.startswith(f"{old}."):
-                name = ".".join(filter(None, (new, name.removeprefix(old).removeprefix("."))))
+            if not old or inside == old or inside.startswith(f"{old}."):
+                inside = ".".join(filter(None, (new, inside.removeprefix(old).removeprefix("."))))
                 break
-        return (name or ROOT) + line
+        return inside or name
 
     return dataclasses.replace(
         report,

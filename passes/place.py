@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -38,3 +38,12 @@ def origin(node: Node, names: Mapping[Node, str]) -> str:
     while node.op == "call_function" and node.target in _VIEWS:
         node = node.all_input_nodes[0]
     return names.get(node, node.name)
+
+
+def users_of_views(node: Node) -> Iterator[Node]:
+    """What reads a node's values, itself or through views of it."""
+    for user in node.users:
+        if user.op == "call_function" and user.target in _VIEWS:
+            yield from users_of_views(user)
+        else:
+            yield user

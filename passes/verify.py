@@ -12,15 +12,15 @@ from fx_nvfp4.report import Refusal
 
 from .cone import BYTES
 from .found import PackedWeight
-from .place import where
+from .place import users_of_views, where
 from .sample import inputs_of, is_supported, is_tensor
 
 
 def find_dequantized(graph: fx.Graph) -> Iterator[Refusal]:
     """Packed tensors that the graph makes dense by a call of theirs."""
     for node in graph.find_nodes(op="call_function", target=torch.ops.fx_nvfp4.dequantize.default):
-        shape = list(node.all_input_nodes[0].meta["val"].shape)
-        users = ", ".join(sorted({str(user.target) for user in node.users}))
+        shape = list(node.meta["val"].shape)
+        users = ", ".join(sorted({_name(user) for user in users_of_views(node)}))
         yield Refusal(
             where(node),
             node.name,
