@@ -165,7 +165,8 @@ def test_a_graph_break_in_the_middle_hides_nothing_else():
     assert {"layers.experts", "layers.good", "layers.last"} <= {m.where for m in report.matched}
     (hides,) = [b for b in report.breaks if b.hides]
     assert hides.hides == ("layers.hidden.weight",)
-    assert (hides.file, hides.code) == ("tests/test_half_supported.py", "return self.product(x)")
+    assert hides.file.endswith("test_half_supported.py")
+    assert hides.code == "return self.product(x)"
     assert "torch.compiler.disable" in hides.reason
     assert f"{hides.file}:{hides.line}" in refusals(report)["hidden.weight"].advice
 
