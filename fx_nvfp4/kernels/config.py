@@ -73,8 +73,10 @@ INDEXED = RowConfig(block_n=16, block_k=256, num_warps=4)
 DEQUANTIZE = RowConfig(block_n=16, block_k=256, num_warps=4)
 # Blocks of 16 elements that one program of the activation kernel quantises.
 FAKE_QUANTIZE_BLOCKS = 128
-# Slots that one program of the routing kernels places, and blocks of them that it counts at a time.
+# Slots that one program of the routing kernels places, blocks of them that it counts at a time, and experts whose slots
+# it compares with at a time.
 ROUTING_BLOCK = 128
 ROUTING_BLOCKS_PER_STEP = 32
+ROUTING_GROUPS = 64
 # Elements of [slots of a token, outputs] that one program of the combine kernel sums.
 COMBINE_ELEMENTS = 4096

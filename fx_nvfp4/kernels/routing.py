@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import ROUTING_BLOCK, ROUTING_BLOCKS_PER_STEP
+from .config import ROUTING_BLOCK, ROUTING_BLOCKS_PER_STEP, ROUTING_GROUPS
 from .operands import require
 
 
@@ -41,20 +41,24 @@ def place_kernel(
     here = tl.arange(0, BLOCK)
     slot = block * BLOCK + here
     expert = load_expert(ids_ptr, slot, slots, E)
-    group = tl.arange(0, GROUPS)
-    if before_ptr is None:
-        total = tl.sum((expert[:, None] == group[None, :]).to(tl.int32), axis=0)
-    else:
-        total = tl.load(total_ptr + group, mask=group < E, other=0)
-    # Slots of experts before mine, of mine in blocks before, and of mine before me in this block.
-    place = tl.sum(tl.where(group[None, :] < expert[:, None], total[None, :], 0), axis=1)
+    # Before a slot come its expert's slots earlier in this block and in the blocks before, and those of lower experts.
+    earlier = (expert[None, :] == expert[:, None]) & (here[None, :] < here[:, None])
+    place = tl.sum(earlier.to(tl.int32), axis=1)
     if before_ptr is not None:
         place += tl.load(before_ptr + block * E + expert, mask=expert < E, other=0)
-    earlier = (expert[None, :] == expert[:, None]) & (here[None, :] < here[:, None])
-    place += tl.sum(earlier.to(tl.int32), axis=1)
+    start = 0
+    # A few experts at a time, so that the comparisons stay in registers.
+    for first in range(0, E, GROUPS):
+        group = first + tl.arange(0, GROUPS)
+        if total_ptr is None:
+            total = tl.sum((group[:, None] == expert[None, :]).to(tl.int32), axis=1)
+        else:
+            total = tl.load(total_ptr + group, mask=group < E, other=0)
+        place += tl.sum(tl.where(group[None, :] < expert[:, None], total[None, :], 0), axis=1)
+        if block == 0:
+            tl.store(offs_ptr + group, start + tl.cumsum(total, 0), mask=group < E)
+        start += tl.sum(total, 0)
     tl.store(order_ptr + place, slot, mask=expert < E)
-    if block == 0:
-        tl.store(offs_ptr + group, tl.cumsum(total, 0), mask=group < E)
 
 
 def sort_slots(ids: Tensor, experts: int) -> tuple[Tensor, Tensor]:
@@ -66,9 +70,9 @@ def sort_slots(ids: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     require(ids.dtype in (torch.int32, torch.int64), "ids", ids.dtype, "int32 or int64")
     slots = ids.numel()
     order = torch.empty(slots, dtype=torch.int32, device=ids.device)
-    offs = torch.zeros(experts, dtype=torch.int32, device=ids.device)
+    offs = order.new_empty(experts)
     if slots == 0:
-        return order, offs
+        return order, offs.zero_()
     ids = ids.contiguous()
     blocks = triton.cdiv(slots, ROUTING_BLOCK)
     before = total = None
@@ -77,9 +81,7 @@ def sort_slots(ids: Tensor, experts: int) -> tuple[Tensor, Tensor]:
             before, total = order.new_empty(blocks, experts), order.new_empty(experts)
             steps = min(ROUTING_BLOCKS_PER_STEP, triton.next_power_of_2(blocks))
             count_kernel[(experts,)](ids, before, total, slots, experts, BLOCK=ROUTING_BLOCK, BLOCKS=steps)
-        # GROUPS is above E, the expert of nobody.
-        groups = triton.next_power_of_2(experts + 1)
         place_kernel[(blocks,)](
-            ids, before, total, order, offs, slots, experts, BLOCK=ROUTING_BLOCK, GROUPS=groups, num_warps=8
+            ids, before, total, order, offs, slots, experts, BLOCK=ROUTING_BLOCK, GROUPS=ROUTING_GROUPS
         )
     return order, offs
