@@ -22,7 +22,7 @@ from .passes.emulate import emulate
 from .report import Cost, NotEmulatedError, NVFP4Warning, Report, module_path
 from .tables import TableGuard, find_tables, hash_tables
 from .tensor import NVFP4Weight, layout_key
-from .torchao_dispatch import emulated, serve_torchao, swizzled_weights
+from .torchao_dispatch import emulated, swizzled_weights
 from .torchao_interop import is_torchao_nvfp4
 
 log = logging.getLogger("fx_nvfp4")
@@ -56,7 +56,6 @@ def nvfp4_emu(
     """
     if unknown:
         log.debug("nvfp4_emu: arguments %s of this torch release are not used", sorted(unknown))
-    serve_torchao()
     ours, inductor = _split_options(options or {})
     packed = _holds_packed(example_inputs)
     tables = find_tables(gm, example_inputs) if packed else {}

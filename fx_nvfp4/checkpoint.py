@@ -15,7 +15,6 @@ from .checkpoints.plan import Plan, make_plan
 from .checkpoints.reader import Reader, checkpoint_folder, read_json
 from .checkpoints.scheme import read_scheme
 from .dialects import get_dialect
-from .dispatch import serve_transformers_fallback
 
 __all__ = ["CheckpointError", "load"]
 
@@ -78,7 +77,6 @@ def load(
     _install(model, weights, plan)
     if generation_config is not None:
         model.generation_config = generation_config
-    serve_transformers_fallback()
     return model
 
 

@@ -10,11 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import views  # noqa: F401
-from .products import serve_transformers_fallback
+from . import products, views  # noqa: F401
 from .tensor import NVFP4Weight, unsupported
-
-__all__ = ["serve_transformers_fallback"]
 
 aten = torch.ops.aten
 implements = NVFP4Weight.implements

@@ -36,4 +36,4 @@ def of_lead(w: NVFP4Weight, dims: Dims, fn: Callable[[Tensor], Tensor]) -> NVFP4
     if w.expert_ids is not None:
         return w.show(dims, expert_ids=fn(w.expert_ids))
     per_expert = w.act_scale is not None and w.act_scale.dim() > 0
-    return map_parts(w, fn, dims, fn(w.act_scale) if per_expert else w.act_scale)
+    return map_parts(w, fn, dims, fn(w.act_scale) if per_expert else w.act_scale)  # type: ignore[arg-type]

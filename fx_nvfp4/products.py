@@ -71,7 +71,8 @@ def _add_product(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     return y if beta == 0 else y + (bias if beta == 1 else bias * beta)
 
 
-@implements([aten._grouped_mm.default])
+# transformers' own, which it uses where torch's is not to be had, exists only once it was imported: known by name.
+@implements([aten._grouped_mm.default, "transformers::grouped_mm_fallback"])
 def _grouped_mm(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     given = [kwargs.get(name) for name in ("offs", "bias", "out_dtype")]
     x, w, offs, bias, out_dtype = fill_defaults(args, 5, given)
@@ -178,20 +179,8 @@ def _dense(func: Any, args: Any, kwargs: Any) -> Tensor:
     return func(*dense, **kwargs)
 
 
-def serve_transformers_fallback() -> None:
-    """Let transformers' own grouped product (used in compiled fp32 and fp16 models) take packed weights.
-
-    Its operator exists only once transformers' MoE integration was imported, so this is called again by the
-    backend and the loader; it does nothing where there is no such operator.
-    """
-    ours = getattr(torch.ops, "transformers", None)
-    for name, handler in (("grouped_mm_fallback", _grouped_mm), ("grouped_mm_fallback_backward", _grouped_mm_backward)):
-        op = getattr(ours, name, None)
-        if op is not None and op.default not in NVFP4Weight._ATEN_OP_TABLE[NVFP4Weight]:
-            implements([op.default])(handler)
-
-
-def _grouped_mm_backward(func: Any, types: Any, args: Any, kwargs: Any) -> tuple[Tensor, None]:
-    """Gradient with respect to x; a packed weight is frozen."""
+@implements(["transformers::grouped_mm_fallback_backward"])
+def _grouped_mm_backward(func: Any, types: Any, args: Any, kwargs: Any) -> tuple[Tensor, Tensor]:
+    """Gradient with respect to x; a packed weight is frozen, and what stands for its gradient takes no memory."""
     _, w, offs, grad = args
-    return aten._grouped_mm.default(grad, w.transpose(-2, -1), offs), None
+    return aten._grouped_mm.default(grad, w.transpose(-2, -1), offs), grad.new_zeros(()).expand(w.shape)

@@ -107,7 +107,8 @@ class NVFP4Weight(TorchAOBaseTensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        handler = cls._ATEN_OP_TABLE[cls].get(func)
+        table = cls._ATEN_OP_TABLE[cls]
+        handler = table.get(func) or table.get(func.name())
         if handler is not None:
             return handler(func, types, args, kwargs or {})
         if func._can_decompose():

@@ -1,14 +1,14 @@
 """What torchao's NVFP4Tensor cannot do on this device, done with NVFP4Weight.
 
 torchao keeps every operation that it implements and that runs here: nothing changes on a GPU with FP4 units, nor for
-weight-only products in eager mode. Registered in NVFP4Tensor's own table, through its public ``implements``, are
+weight-only products in eager mode. Importing fx_nvfp4 changes three things, the first two of which only raised before:
 
-- what it lacks: index, stack, split, unbind, expand, einsum, slices of 3-D weights, ...: they would raise;
-- products with quantised activations and grouped products where the device has no FP4 units: they would raise too;
+- what it lacks: index, stack, split, unbind, expand, einsum, slices of 3-D weights, views in inference mode, ...;
+- products with quantised activations, and grouped products, where the device has no FP4 units;
 - every product while the nvfp4_emu backend traces (:func:`emulated`): this is what emulation means, also on a GPU
   that needs none, for comparison.
 
-Both read the tensor's own codes; scales that lie in 128 x 4 tiles are laid out linearly at each call.
+All of it works on the tensor's own codes; scales that lie in 128 x 4 tiles are laid out linearly at each call.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.utils._pytree import tree_map_only
 
-from . import dispatch
-from .tensor import NVFP4Weight
+from . import dispatch  # noqa: F401  (NVFP4Weight's operations)
+from .lowering import compat
 from .torchao_interop import from_torchao, is_torchao_nvfp4
 
 try:
@@ -32,10 +33,8 @@ except ImportError:  # no prototypes in this torchao: nobody can hold such a ten
     NVFP4Tensor = None
 
 aten = torch.ops.aten
-Handler = Callable[[Any, Any, Any, Any], Any]
 
 _emulated: ContextVar[bool] = ContextVar("fx_nvfp4_emulated", default=False)
-_torchao: dict[Any, Handler] = {}  # what torchao implements itself, of the operations that are served here
 
 
 @contextlib.contextmanager
@@ -53,23 +52,12 @@ def swizzled_weights(tensors: Sequence[Any]) -> int:
     return sum(1 for t in tensors if is_torchao_nvfp4(t) and t.is_swizzled_scales)
 
 
-def serve_torchao() -> None:
-    """Register with NVFP4Tensor what NVFP4Weight serves; again once transformers' operators exist, which is cheap."""
-    dispatch.serve_transformers_fallback()
-    if NVFP4Tensor is None:
-        return
-    table = NVFP4Tensor._ATEN_OP_TABLE[NVFP4Tensor]
-    for op in (*NVFP4Weight._ATEN_OP_TABLE[NVFP4Weight], *_COMPOSITE):
-        if op in _torchao or (op in table and op not in _TORCHAO_CAN):
-            continue  # ours already, or torchao's for good
-        _torchao[op] = table.get(op)
-        NVFP4Tensor.implements([op])(_serve)
-
-
-def _serve(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
-    own = _torchao[func]
-    if own is not None and _TORCHAO_CAN[func](func, *args, **kwargs):
-        return own(func, types, args, kwargs)
+def _dispatch(cls: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    """In the place of NVFP4Tensor.__torch_dispatch__."""
+    kwargs = kwargs or {}
+    can = _TORCHAO_CAN.get(func)
+    if func in cls._ATEN_OP_TABLE.get(cls, {}) and (can is None or can(func, *args, **kwargs)):
+        return _torchao_dispatch(cls, func, types, args, kwargs)
     args, kwargs = tree_map_only(NVFP4Tensor, from_torchao, (args, kwargs))
     return func(*args, **kwargs)
 
@@ -77,6 +65,14 @@ def _serve(func: Any, types: Any, args: Any, kwargs: Any) -> Any:
 def _has_fp4_units(device: torch.device) -> bool:
     """Whether torch._scaled_mm multiplies NVFP4 there: NVIDIA's compute capability 10 and above."""
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (10, 0)
+
+
+def _only_shapes(w: Any) -> bool:
+    """Whether nothing is computed nor recorded, as when Dynamo asks for the result's shape.
+
+    torchao's decoding takes some 30 operations there, for each expert where there are several.
+    """
+    return not compat.is_real(w.qdata) and get_proxy_mode() is None
 
 
 def _one_scale(w: Any) -> bool:
@@ -90,6 +86,8 @@ def _multiplies(func: Any, *args: Any, **kwargs: Any) -> bool:
     """mm(x, w), linear(x, w, bias) and addmm(bias, x, w); x may be quantised already."""
     x, w = args[1:3] if func is aten.addmm.default else args[:2]
     if _emulated.get() or kwargs or not isinstance(w, NVFP4Tensor) or (w.dim() == 2 and not _one_scale(w)):
+        return False
+    if _only_shapes(w):
         return False
     weight_only = w.act_quant_kwargs is None and not isinstance(x, NVFP4Tensor)
     return weight_only or _has_fp4_units(w.device)
@@ -105,22 +103,28 @@ def _multiplies_groups(func: Any, x: Tensor, *args: Any, **kwargs: Any) -> bool:
 
 def _transposes(func: Any, w: Any, *dims: int) -> bool:
     if func is aten.t.default:
-        return w.dim() == 2 and _one_scale(w)
-    return w.dim() == 3 and tuple(dims) in ((1, 2), (2, 1), (-1, -2), (-2, -1))
+        return w.dim() == 2 and _one_scale(w) and _marks_views(w)
+    return _marks_views(w) and w.dim() == 3 and tuple(dims) in ((1, 2), (2, 1), (-1, -2), (-2, -1))
+
+
+def _marks_views(w: Any) -> bool:
+    """torchao cannot view an ordinary tensor in inference mode: it makes the view an inference tensor."""
+    return not torch.is_inference_mode_enabled() or w.is_inference()
 
 
 def _views(func: Any, w: Any, shape: Sequence[int]) -> bool:
     """Only its own shape: in another one, torchao's scales would not follow."""
-    return w.dim() == 2 and _one_scale(w) and list(shape) in ([-1, w.shape[1]], list(w.shape))
+    return w.dim() == 2 and _one_scale(w) and _marks_views(w) and list(shape) in ([-1, w.shape[1]], list(w.shape))
 
 
 def _selects(func: Any, w: Any, dim: int, index: Any) -> bool:
-    return dim == 0 and w.dim() == 3 and w.scale.dim() == 3
+    return dim == 0 and w.dim() == 3 and w.scale.dim() == 3 and _marks_views(w)
 
 
 def _slices(func: Any, w: Any, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> bool:
     """2-D weights, from and to whole tiles of swizzled scales or whole blocks of linear ones."""
-    if w.dim() != 2 or dim not in (0, 1) or step != 1 or not _one_scale(w) or not w.qdata.is_contiguous():
+    plain = w.dim() == 2 and _one_scale(w) and w.qdata.is_contiguous() and _marks_views(w)
+    if not plain or dim not in (0, 1) or step != 1:
         return False
     unit = ((128, 64) if w.is_swizzled_scales else (1, 16))[dim]
     start, size = 0 if start is None else start, w.shape[dim]
@@ -143,25 +147,6 @@ _TORCHAO_CAN: dict[Any, Callable[..., bool]] = {
     aten.slice.Tensor: _slices,
 }
 
-# Under inference mode these arrive whole; NVFP4Weight decomposes them.
-_COMPOSITE = (
-    aten.adjoint.default,
-    aten.chunk.default,
-    aten.einsum.default,
-    aten.expand_as.default,
-    aten.flatten.using_ints,
-    aten.mT.default,
-    aten.matmul.default,
-    aten.movedim.int,
-    aten.movedim.intlist,
-    aten.narrow.default,
-    aten.numpy_T.default,
-    aten.reshape.default,
-    aten.swapaxes.default,
-    aten.swapdims.default,
-    aten.tensor_split.indices,
-    aten.tensor_split.sections,
-    aten.unflatten.int,
-)
-
-serve_torchao()
+if NVFP4Tensor is not None:
+    _torchao_dispatch = NVFP4Tensor.__torch_dispatch__.__func__
+    NVFP4Tensor.__torch_dispatch__ = classmethod(_dispatch)

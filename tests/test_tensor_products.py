@@ -103,7 +103,9 @@ def test_weights_stored_transposed_multiply_alike(name):
     torch.testing.assert_close(product(x, stored.mT), product(x, weight), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["chosen slots", "chosen slots of their own", "experts in parallel", "x @ w.mT, four dims"])
+@pytest.mark.parametrize(
+    "name", ["chosen slots", "chosen slots of their own", "experts in parallel", "x @ w.mT, four dims"]
+)
 def test_any_number_of_tokens_is_one_graph(name):
     product, shape = PRODUCTS[name]
     product = product if "chosen" not in name else _with_ids(product)
