@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from fx_nvfp4.report import Cost, Match, Refusal, Report
 
 from .emitter import CannotRewriteError
 from .experts import Memo, Site, find_sites
+from .lift import lift as lift_blocks
 from .nodes import hint
 from .place import origin, where
 from .rewrite import rewrite
@@ -21,13 +23,14 @@ from .rewrite_grad import spell_out_fallback
 from .verify import find_dequantized, find_spelled
 
 OP_NAMES = ("linear", "batched", "indexed", "grouped", "input_grad")
+_AS_IT_IS: tuple[str, tuple[str, ...]] = ("packed tensor", ())
 _OPS = {getattr(torch.ops.fx_nvfp4, name).default: name for name in OP_NAMES}
 
 
 def emulate(
     graph: fx.Graph, constants: Mapping[Node, Tensor], names: Mapping[Node, str], lift: bool = True
 ) -> tuple[Report, set[Node]]:
-    """Rewrite every product with a packed weight in place.
+    """Rewrite every product with a packed weight in place, then whole blocks of them.
 
     Before:  mm(x, permute(mul(index(lut, nibbles), scales)))
     After:   fx_nvfp4.linear(x, qdata, block_scale, global_scale)
@@ -61,11 +64,18 @@ def emulate(
             tables.update(t for t in site.weight.tables if t.op == "placeholder")
         graph.eliminate_dead_code()
         graph.lint()
+    matches = {n: _match(n, names, *sources.get(n, _AS_IT_IS)) for n in graph.nodes if n.target in _OPS}
+    blocks = []
+    if lift:
+        with cost.stage("lift"):
+            lifted = lift_blocks(graph, names)
+        blocks = lifted.entries
+        matches.update({n: replace(matches[n], op="moe") for n in lifted.products})
+    matched = list(matches.values())
     with cost.stage("verify"):
-        matched = [_match(n, names, *sources.get(n, ("packed tensor", ()))) for n in graph.nodes if n.target in _OPS]
         refused += [*find_dequantized(graph), *find_spelled(graph, memo.recognise, known)]
         refused, notes = _apart_from_backward(graph, refused)
-    return Report(matched, refused, notes=notes, graphs=1, cost=cost), tables
+    return Report(matched, refused, blocks, notes, graphs=1, cost=cost), tables
 
 
 def _apart_from_backward(graph: fx.Graph, refused: list[Refusal]) -> tuple[list[Refusal], list[str]]:

@@ -17,7 +17,7 @@ _FINITE_E4M3 = torch.tensor([b for b in range(256) if b & 0x7F != 0x7F], dtype=t
 _SIGNIFICANDS = torch.arange(8, 16, dtype=torch.float64) * 3
 
 
-def _hash(index: Tensor, sample: Tensor, salt: int) -> Tensor:
+def mix(index: Tensor, sample: Tensor, salt: int) -> Tensor:
     """Non-negative int64 [S] that mixes coordinates [S, rank] well enough to tell all of their functions apart."""
     x = sample * 0x2545F4914F6CDD1D + (salt * 0x632BE59BD9B4E019) % (1 << 63)
     for column in (*index.unbind(1), sample):
@@ -93,5 +93,5 @@ class Leaves:
         bound = None
         if node in self.cone.index_leaves:
             node, bound = self.cone.index_leaves[node]
-        bits = _hash(at.index, at.sample, self._salts.setdefault(node, len(self._salts) + 1))
+        bits = mix(at.index, at.sample, self._salts.setdefault(node, len(self._salts) + 1))
         return (bits % bound).to(dtype) if bound is not None else _virtual(dtype, bits)

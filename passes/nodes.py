@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from types import SimpleNamespace
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor
 from torch.fx import Node
@@ -12,12 +17,40 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 UNKNOWN_SIZE = 8  # for sizes that only running the graph will tell
 
+Sizes = MutableMapping[sympy.Symbol, int]
+_assumed: ContextVar[Sizes | None] = ContextVar("assumed", default=None)
+
+
+@contextmanager
+def assuming(sizes: Sizes) -> Iterator[None]:
+    """Inside, symbols have these sizes instead of those that tracing saw; more may be added on the way."""
+    token = _assumed.set(sizes)
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
+
+
+def assumed(size: torch.SymInt) -> int | None:
+    """The value of a size under `assuming`, None if that does not tell all of its symbols."""
+    value = sympy.sympify(size.node.expr.xreplace(_assumed.get() or {}))
+    return int(value) if value.is_number else None
+
+
+def seen_sizes(size: torch.SymInt) -> dict[sympy.Symbol, int]:
+    """The values that tracing saw of all symbols of a graph, those that only running tells left out."""
+    environment = size.node.shape_env
+    values = getattr(environment, "backed_var_to_val", None)  # called var_to_val in torch 2.11
+    return {s: int(v) for s, v in (environment.var_to_val if values is None else values).items()}
+
 
 def hint(size: Any) -> int:
     """The size that tracing saw (or a likely one) for an int, a SymInt, or a node that holds one."""
     if isinstance(size, Node):
         size = size.meta["val"]
     if isinstance(size, torch.SymInt):
+        if _assumed.get() and (value := assumed(size)) is not None:
+            return value
         symbolic = size.node
         if symbolic.has_hint():
             return int(symbolic.hint)
@@ -49,9 +82,27 @@ def is_tensor(node: Any) -> bool:
     return isinstance(node, Node) and isinstance(node.meta.get("val"), Tensor)
 
 
+def is_size(node: Node) -> bool:
+    """Whether a node is a number, such as a size, and no tensor."""
+    return isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool, int, float))
+
+
 def arguments(node: Node) -> SimpleNamespace:
     """A call's arguments by the names of its op's schema, defaults filled in."""
     schema = node.target._schema.arguments  # type: ignore[union-attr]
     values = {arg.name: arg.default_value for arg in schema if arg.has_default_value()}
     values.update(zip((arg.name for arg in schema), node.args, strict=False))
     return SimpleNamespace(**{**values, **node.kwargs})
+
+
+def elements(node: Node) -> int:
+    """Number of elements of a tensor."""
+    return math.prod(shape_of(node))
+
+
+def flat_index(node: Node, index: Tensor) -> Tensor:
+    """Numbers [S] of elements of a tensor at coordinates [S, rank], in row-major order."""
+    flat = torch.zeros(len(index), dtype=torch.int64)
+    for d, size in enumerate(shape_of(node)):
+        flat = flat * size + index[:, d]
+    return flat

@@ -14,7 +14,7 @@ from torch.fx import Node
 from .cone import Cone
 from .found import Axis
 from .leaves import Leaves
-from .sample import Coords, Sampler, same_size, shape_of, with_boundaries
+from .sample import Coords, Sampler, is_tensor, same_size, shape_of, with_boundaries
 
 _SAMPLES = 12288
 _FIRST = 1024  # samples that the search for edges starts with
@@ -74,21 +74,41 @@ class Probe:
 
     def axis(self, read: Read, dim: int) -> Axis | None:
         """How a dimension of a leaf is addressed, or None if in no way that `Axis` can say."""
-        column, sizes = read.column(dim), self.operand.meta["val"].shape
-        size = read.node.meta["val"].shape[dim]
+        column, size = read.column(dim), read.node.meta["val"].shape[dim]
+        if axis := self._plain(column, size, read.node):
+            return axis
+        # Two dimensions that the leaf holds flattened.
+        for inner in sorted(self._likely_sizes(read.node)) if isinstance(size, int) else ():
+            if not 1 < inner < size or size % inner:
+                continue
+            outer = self._plain(column // inner, size // inner, read.node)
+            if outer and (within := self._plain(column % inner, inner, read.node)):
+                return Axis("pair", size=inner, parts=(outer, within))
+        return None
+
+    def _plain(self, column: Tensor, size: Any, leaf: Node) -> Axis | None:
+        """How one dimension of `size` is addressed."""
         if bool((column == column[0]).all()):
             return Axis("const", value=int(column[0]))
-        for d, extent in enumerate(sizes):
-            own = self.coords[:, d]
-            if torch.equal(column, own) and same_size(extent, size):
+        for d, extent in enumerate(self.operand.meta["val"].shape):
+            if torch.equal(column, self.coords[:, d]) and same_size(extent, size):
                 return Axis("dim", dim=d)
-            if axis := self._sliced(column, d) or self._merged(column, d, read.node, dim):
+            if axis := self._sliced(column, d) or self._merged(column, d, size, leaf):
                 return axis
+        return self._chosen(column)
+
+    def _chosen(self, column: Tensor) -> Axis | None:
         for index in self.chosen.values():
             if torch.equal(column, self.values(index).to(torch.int64)) and (axes := self.axes(index)) is not None:
                 node = self.leaves.cone.index_leaves[index.node][0]
                 return Axis("index", node=node, index_axes=axes)
         return None
+
+    def _likely_sizes(self, leaf: Node) -> set[int]:
+        """Sizes that dimensions may have been merged from: of the operand, of the leaves, and quotients of them."""
+        nodes = [self.operand, leaf, *(r.node for r in self.reads), *(n for n in self.chosen if is_tensor(n))]
+        sizes = {s for n in nodes for s in n.meta["val"].shape if isinstance(s, int) and s > 1}
+        return sizes | {a // b for a in sizes for b in sizes if a % b == 0}
 
     def axes(self, read: Read, skip: int | None = None) -> tuple[Axis, ...] | None:
         """`axis` of every dimension except `skip`, or None if there is none for some."""
@@ -96,28 +116,27 @@ class Probe:
         return None if None in axes else tuple(axes)  # type: ignore[arg-type]
 
     def _sliced(self, column: Tensor, d: int) -> Axis | None:
-        own = self.coords[:, d]
-        first, last = own.argmin(), own.argmax()
-        length = int(own[last] - own[first])
-        step, rest = divmod(int(column[last] - column[first]), length) if length else (0, 1)
-        start = int(column[first]) - step * int(own[first])
-        if step < 1 or rest or not torch.equal(column, own * step + start):
-            return None
-        return Axis("affine", dim=d, size=step, value=start)
+        line = _line(self.coords[:, d], column)
+        return Axis("affine", dim=d, size=line[0], value=line[1]) if line else None
 
-    def _merged(self, column: Tensor, d: int, leaf: Node, dim: int) -> Axis | None:
-        own, extent = self.coords[:, d], self.shape[d]
-        sizes = leaf.meta["val"].shape  # a symbolic size would make the axis wrong for other sizes
-        size = sizes[dim]
-        if isinstance(size, int) and 1 < size < extent and torch.equal(column, own % size):
-            return Axis("remainder", dim=d, size=size)
-        inner = {s for s in sizes if isinstance(s, int)}
-        whole = self.size(d)
-        if isinstance(size, int) and isinstance(whole, int) and extent % size == 0:
-            inner.add(extent // size)
-        for s in sorted(inner):
-            if 1 < s < extent and torch.equal(column, own // s) and same_size(whole, s * size):
+    def _merged(self, column: Tensor, d: int, size: Any, leaf: Node) -> Axis | None:
+        """Coordinates of dimension `d` are those of several, of which one addresses a dimension of `size`."""
+        own, extent, whole = self.coords[:, d], self.shape[d], self.size(d)
+        for s in sorted(self._likely_sizes(leaf)):
+            if not 1 < s < extent:
+                continue
+            if torch.equal(column, own // s) and same_size(whole, s * size):
                 return Axis("quotient", dim=d, size=s)
+            if isinstance(size, int) and s == size and torch.equal(column, own % s):
+                return Axis("remainder", dim=d, size=s)
+            if (
+                isinstance(size, int)
+                and isinstance(whole, int)
+                and s < size
+                and extent % s == 0
+                and (line := _line(own % s, column))
+            ):
+                return Axis("remainder", dim=d, size=s, step=line[0], value=line[1])
         return None
 
     def where(self, mask: Tensor, k_dim: int) -> str:
@@ -134,6 +153,15 @@ class Probe:
             name = "k =" if d == k_dim else "row" if d == rows[-1] else f"dim {d} at"
             return f"{name} {', '.join(map(str, common.tolist()[:8]))}"
         return f"element {self.coords[mask][0].tolist()}"
+
+
+def _line(own: Tensor, column: Tensor) -> tuple[int, int] | None:
+    """(step, start) such that column = own * step + start, step at least 1."""
+    first, last = own.argmin(), own.argmax()
+    length = int(own[last] - own[first])
+    step, rest = divmod(int(column[last] - column[first]), length) if length else (0, 1)
+    start = int(column[first]) - step * int(own[first])
+    return (step, start) if step >= 1 and not rest and torch.equal(column, own * step + start) else None
 
 
 def _first_coords(shape: Sequence[int], generator: torch.Generator) -> Tensor:

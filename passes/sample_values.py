@@ -22,14 +22,14 @@ MAX_ELEMENTS = 1 << 22  # values that one step may hold
 
 
 @handles(aten.full.default, aten.full_like.default, aten.scalar_tensor.default, aten.new_full.default)
-def _full(sampler: Sampler, node: Node, a: SimpleNamespace, at: Coords) -> Tensor:
+def fill(sampler: Sampler, node: Node, a: SimpleNamespace, at: Coords) -> Tensor:
     value = a.s if node.target is aten.scalar_tensor.default else a.fill_value
     return torch.full((len(at.sample),), number(node, value), dtype=node.meta["val"].dtype)
 
 
 @handles(aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default)
 @handles(aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default)
-def _zeros(sampler: Sampler, node: Node, a: SimpleNamespace, at: Coords) -> Tensor:
+def zeros(sampler: Sampler, node: Node, a: SimpleNamespace, at: Coords) -> Tensor:
     return torch.zeros(len(at.sample), dtype=node.meta["val"].dtype)
 
 
@@ -78,7 +78,7 @@ def _reduced(a: SimpleNamespace) -> list[tuple[int, int]]:
     return sorted({d % len(shape): shape[d] for d in dims}.items())
 
 
-def _is_small(a: SimpleNamespace) -> bool:
+def is_small(a: SimpleNamespace) -> bool:
     return math.prod(dict(_reduced(a)).values()) <= MAX_REDUCED
 
 
@@ -97,16 +97,16 @@ def _expanded(sampler: Sampler, node: Node, a: SimpleNamespace, at: Coords) -> T
     return sampler.value(a.self, at.repeated(count, stack_columns(columns, at))).reshape(samples, count)
 
 
-@handles(aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default, aten.prod.dim_int, when=_is_small)
-@handles(aten.argmax.default, aten.argmin.default, aten.any.dim, aten.any.dims, aten.sum.default, when=_is_small)
-def _reduce(sampler: Sampler, node: Node, a: SimpleNamespace, at: Coords) -> Tensor:
+@handles(aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default, aten.prod.dim_int, when=is_small)
+@handles(aten.argmax.default, aten.argmin.default, aten.any.dim, aten.any.dims, aten.sum.default, when=is_small)
+def reduce(sampler: Sampler, node: Node, a: SimpleNamespace, at: Coords) -> Tensor:
     op = aten.sum.dim_IntList if node.target is aten.sum.default else node.target
     single = op in (aten.argmax.default, aten.argmin.default, aten.any.dim, aten.prod.dim_int)
     dtype = {"dtype": a.dtype} if getattr(a, "dtype", None) is not None else {}
     return op(_expanded(sampler, node, a, at), 1 if single else [1], **dtype)  # type: ignore[operator]
 
 
-@handles_item(aten.max.dim, aten.min.dim, when=_is_small)
+@handles_item(aten.max.dim, aten.min.dim, when=is_small)
 def _item_max(sampler: Sampler, node: Node, a: SimpleNamespace, at: Coords) -> Tensor:
     return node.args[0].target(_expanded(sampler, node, a, at), 1)[a.item]  # type: ignore[union-attr,operator]
 
@@ -131,7 +131,7 @@ _PLACEMENT = {"device", "layout", "pin_memory", "memory_format", "non_blocking"}
 @handles(torch.Tag.pointwise)
 @handles(prims.convert_element_type.default, aten._to_copy.default, aten.where.self, aten.clamp.default)
 @handles(aten.__rshift__.Scalar, aten.__rshift__.Tensor, aten.__lshift__.Scalar, aten.__lshift__.Tensor)
-def _pointwise(sampler: Sampler, node: Node, a: SimpleNamespace, at: Coords) -> Tensor:
+def pointwise(sampler: Sampler, node: Node, a: SimpleNamespace, at: Coords) -> Tensor:
     shape = shape_of(node)
     args = [sampler.operand(x, at, shape) for x in node.args]
     kwargs = {k: sampler.operand(x, at, shape) for k, x in node.kwargs.items() if k not in _PLACEMENT}

@@ -1,0 +1,153 @@
+"""The fx_nvfp4 ops of a graph as products of experts: whose weight meets which row.
+
+Before:  y = fx_nvfp4.linear(x, select(qdata, 0, 3), select(block_scale, 0, 3), select(global_scale, 0, 3))
+After:   expert 3 of the weight (qdata, block_scale, global_scale), for every row of x
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from .nodes import arguments, is_tensor, shape_of
+
+aten = torch.ops.aten
+nvfp4 = torch.ops.fx_nvfp4
+
+Parts = tuple[Node, Node, Node]  # qdata, block_scale, global_scale
+KINDS = {getattr(nvfp4, name).default: name for name in ("linear", "batched", "indexed", "grouped")}
+
+
+@dataclass(frozen=True)
+class ExpertProduct:
+    """One op as a product of rows of x with weights of experts.
+
+    kind: the op's name, or "merged" for a linear on all experts' rows side by side.
+    parts: the weight, [E, N, ..] where the op or what its operands are selected from knows experts, else [N, ..].
+    expert: the one expert of a linear on one of several.
+    rows: output features of one expert, from row `first` of the weight on.
+    routing: ids or offs.
+    act_scale: of all experts.
+    """
+
+    node: Node
+    kind: str
+    x: Node
+    parts: Parts
+    expert: int | None
+    first: int
+    rows: int
+    routing: Node | None
+    act_scale: Node | None
+    activations: str
+    dialect: str
+
+    @property
+    def experts(self) -> int:
+        """Number of experts, 0 where the weight is one by itself."""
+        shape = shape_of(self.parts[0])
+        return shape[0] if len(shape) == 3 else 0
+
+    @property
+    def k(self) -> int:
+        return shape_of(self.x)[-1]
+
+    def locate(self, index: Tensor, table: Callable[[Node], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """(row of x counted over all of its leading dims, expert or -1 for none, output feature) of result elements.
+
+        Args:
+            index: [S, rank] coordinates of the op's result.
+            table: values of ids or offs.
+        """
+        row = torch.zeros(len(index), dtype=torch.int64)
+        for d, size in enumerate(shape_of(self.x)[:-1]):
+            row = row * size + index[:, d]
+        feature = index[:, -1]
+        if self.kind == "merged":
+            return row, feature // self.rows, feature % self.rows
+        return row, self.experts_of(row, table), feature
+
+    def experts_of(self, row: Tensor, table: Callable[[Node], Tensor]) -> Tensor:
+        """The expert, or -1, that each row of x meets; not for "merged", where all do."""
+        if self.kind == "batched":
+            return row // shape_of(self.x)[1]
+        if self.kind == "indexed":
+            ids = table(self.routing)[row].to(torch.int64)  # type: ignore[arg-type]
+            return torch.where((ids >= 0) & (ids < self.experts), ids, -1)
+        if self.kind == "grouped":
+            offs = table(self.routing).to(torch.int64).cummax(0).values  # type: ignore[arg-type]
+            expert = torch.searchsorted(offs, row, right=True)
+            return torch.where(expert < self.experts, expert, -1)
+        return torch.full_like(row, self.expert if self.expert is not None else 0)
+
+
+def expert_product(node: Node) -> ExpertProduct | None:
+    """What an op node multiplies; None for any other node."""
+    kind = KINDS.get(node.target)
+    if kind is None:
+        return None
+    a = arguments(node)
+    routing = {"indexed": getattr(a, "ids", None), "grouped": getattr(a, "offs", None)}.get(kind)
+    parts: Parts = (a.qdata, a.block_scale, a.global_scale)
+    rows, expert, first, act_scale = shape_of(parts[0])[-2], None, 0, a.act_scale
+    if (sliced := [_sliced(p, d) for p, d in zip(parts, (-2, -2, -1), strict=True)]) and None not in sliced:
+        wholes, starts = zip(*sliced, strict=True)  # type: ignore[arg-type]
+        if len(set(starts)) == 1:
+            parts, first = wholes, starts[0]
+    if kind == "linear":
+        if merged := _merged(parts):
+            parts, kind, rows = merged, "merged", shape_of(merged[0])[1]
+        elif (chosen := [_selected(p) for p in parts]) and None not in chosen:
+            wholes, numbers = zip(*chosen, strict=True)  # type: ignore[arg-type]
+            whole_scale = _selected(act_scale) if act_scale is not None else None
+            if len(set(numbers)) == 1 and (whole_scale is None or whole_scale[1] == numbers[0]):
+                parts, expert = wholes, numbers[0]
+                act_scale = whole_scale[0] if whole_scale else act_scale
+    return ExpertProduct(
+        node, kind, a.x, parts, expert, first, rows, routing, act_scale, a.activations, a.dialect
+    )  # fmt: skip
+
+
+def own_parts(product: ExpertProduct) -> Parts:
+    """The parts that the op itself takes."""
+    a = arguments(product.node)
+    return a.qdata, a.block_scale, a.global_scale
+
+
+def _sliced(part: Node, dim: int) -> tuple[Node, int] | None:
+    """(what a part is some of the rows of, first of these)."""
+    if part.target is not aten.slice.Tensor:
+        return None
+    a = arguments(part)
+    fits = a.dim % len(shape_of(part)) == dim % len(shape_of(part)) and a.step == 1
+    return (a.self, a.start or 0) if fits and isinstance(a.start or 0, int) and (a.start or 0) >= 0 else None
+
+
+def _selected(part: Any) -> tuple[Node, int] | None:
+    """(what a part is one expert's of, the expert)."""
+    if not is_tensor(part) or part.target is not aten.select.int:
+        return None
+    a = arguments(part)
+    whole = shape_of(a.self)
+    fits = a.dim == 0 and isinstance(a.index, int) and len(whole) == len(shape_of(part)) + 1
+    return (a.self, a.index % whole[0]) if fits else None
+
+
+def _merged(parts: Parts) -> Parts | None:
+    """[E, N, ..] of parts that are views [E * N, ..] of it."""
+    wholes = []
+    for part in parts:
+        if part.target not in (aten.view.default, aten.reshape.default):
+            return None
+        whole = part.args[0]
+        shape = shape_of(whole)  # type: ignore[arg-type]
+        if len(shape) != len(shape_of(part)) + 1 or (math.prod(shape[:2]), *shape[2:]) != shape_of(part):
+            return None
+        wholes.append(whole)
+    return tuple(wholes) if len({shape_of(w)[:2] for w in wholes}) == 1 else None  # type: ignore[return-value,arg-type]

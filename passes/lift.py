@@ -1,0 +1,195 @@
+"""Replaces whole mixture-of-experts blocks by one op.
+
+Before:  sort -> gather -> grouped -> silu, mul -> grouped -> index_put -> mul -> sum
+After:   fx_nvfp4.moe(x, ids, weights, up parts, down parts, "silu(g) * u", "concatenated")
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx import Node
+
+from fx_nvfp4 import report
+
+from .block import Block, Candidate, Unit
+from .emitter import CannotRewriteError, Emitter, shape
+from .expert_products import own_parts
+from .found import Refused
+from .nodes import hint, same_size
+from .place import origin, where
+from .proof import prove
+from .sample import Unsupported
+from .search import candidates, find_units
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+moe = torch.ops.fx_nvfp4.moe.default
+
+_PREPARE = "fx_nvfp4.prepare(model) makes them one weight, in place"
+
+
+@dataclass(frozen=True)
+class Lifted:
+    """entries: one for each block. products: op nodes that are part of a moe op now."""
+
+    entries: list[report.Block]
+    products: frozenset[Node]
+
+
+def lift(graph: fx.Graph, names: Mapping[Node, str]) -> Lifted:
+    """Replace every block that is proven to be one; the others stay as they are, with the reason.
+
+    Args:
+        graph: with products rewritten to fx_nvfp4 ops.
+        names: what placeholders are called in the user's model.
+    """
+    entries: list[report.Block] = []
+    products: set[Node] = set()
+    found = [(units, _find(units)) for units in find_units(graph)]  # before any of them is replaced
+    replaced: dict[Node, Node] = {}
+    for units, block in found:
+        if isinstance(block, Block):
+            try:
+                out = _emit(graph, block, replaced)
+            except CannotRewriteError as error:
+                block = Refused(error.reason, error.advice)
+            else:
+                replaced[block.candidate.out] = out
+                products.update(p.node for unit in units for p in unit.products)
+        entries.append(_entry(units, block, names))
+    graph.eliminate_dead_code()
+    graph.lint()
+    return Lifted(entries, frozenset(products))
+
+
+def _find(units: tuple[Unit, ...]) -> Block | Refused:
+    """The block of some units, or why there is none: the reason of the likeliest candidate."""
+    if units[0].down.experts == 0:
+        return Refused(f"its {len(units)} experts are weights by themselves", _PREPARE)
+    reason: Refused | None = None
+    for candidate in candidates(units):
+        try:
+            return prove(candidate)
+        except Refused as refused:
+            reason = reason or refused
+        except Unsupported as error:
+            reason = reason or Refused(str(error), "")
+    return reason or Refused("its values are used outside of it, or its experts are not chosen by ids", "")
+
+
+def _entry(units: tuple[Unit, ...], block: Block | Refused, names: Mapping[Node, str]) -> report.Block:
+    first = units[0]
+    at, style = where(first.down.node), first.down.kind if len(units) == 1 else "one expert's"
+    experts = first.down.experts or len(units)
+    if isinstance(block, Refused):
+        return report.Block(at, False, experts, style=style, reason=block.reason, advice=block.advice)
+    weights = tuple(dict.fromkeys(origin(p.parts[0], names) for p in first.products))
+    activation, slots = block.gating.activation, block.candidate.slots
+    return report.Block(at, True, experts, slots, activation, "dense" if block.dense else style, weights=weights)
+
+
+def _emit(graph: fx.Graph, block: Block, replaced: Mapping[Node, Node]) -> Node:
+    """Put the op in place of a block's end."""
+    c = block.candidate
+    emit = Emitter(graph, c.out)
+    try:
+        with graph.inserting_before(c.out):
+            x = _typed(emit, emit.reshape(replaced.get(c.x, c.x), [-1, c.k]), c.units[0].ups[0].x)
+            ids = _ids(emit, c)
+            out = emit(moe, x, ids, _weights(emit, c, ids), **_operands(emit, block))
+            result = _typed(emit, emit.reshape(out, _sizes(emit, c)), c.out)
+    except CannotRewriteError:
+        emit.undo()
+        raise
+    c.out.replace_all_uses_with(result)
+    return result
+
+
+def _sizes(emit: Emitter, c: Candidate) -> list[Any]:
+    """The sizes of out as arguments, taken from x where several are symbols."""
+    sizes = shape(c.out)
+    if sum(isinstance(size, torch.SymInt) for size in sizes) <= 1:
+        return [-1 if isinstance(size, torch.SymInt) else size for size in sizes]
+    known = [*enumerate(shape(c.x))]
+    found: list[Any] = []
+    for size in sizes:
+        dim = next((d for d, s in known if same_size(s, size)), None)
+        if not isinstance(size, int) and dim is None:
+            raise CannotRewriteError(f"the result's sizes {sizes} are not those of x", "keep the tokens' dims")
+        found.append(size if isinstance(size, int) else emit.size(c.x, dim))  # type: ignore[arg-type]
+    return found
+
+
+def _typed(emit: Emitter, node: Node, like: Node) -> Node:
+    dtype = like.meta["val"].dtype
+    return node if node.meta["val"].dtype == dtype else emit(prims.convert_element_type.default, node, dtype)
+
+
+def _ids(emit: Emitter, c: Candidate) -> Node:
+    """Ids [T, A], counted from 0 where indexing also counted from the end."""
+    ids = emit.reshape(c.ids, [-1, c.slots])
+    if not c.wraps:
+        return ids
+    from_end = emit(aten.add.Scalar, ids, c.experts)
+    return emit(aten.where.self, emit(aten.lt.Scalar, ids, 0), from_end, ids)
+
+
+def _weights(emit: Emitter, c: Candidate, ids: Node) -> Node:
+    """Weights [T, A]."""
+    if c.weights is None:
+        size = emit.size(ids, 0)
+        device, dtype = c.x.meta["val"].device, torch.float32
+        return emit(aten.full.default, [size, c.slots], 1.0, dtype=dtype, device=device, pin_memory=False)
+    if not c.per_expert:
+        return emit.reshape(c.weights, [-1, c.slots])
+    if ids.meta["val"].dtype != torch.int64:
+        ids = emit(prims.convert_element_type.default, ids, torch.int64)
+    inside = emit(aten.clamp.default, ids, 0, c.experts - 1)
+    return emit(aten.gather.default, emit.reshape(c.weights, [-1, c.experts]), 1, inside)
+
+
+def _operands(emit: Emitter, block: Block) -> dict[str, Any]:
+    """The op's arguments from the up weights on."""
+    c, gating = block.candidate, block.gating
+    ups, down = [up.product for up in gating.ups], c.units[0].down
+    quantised = [p for p in (*ups, down) if p.activations != "none"]
+    if len({p.activations for p in ups}) > 1 or len({p.dialect for p in quantised}) > 1:
+        raise CannotRewriteError("products of one block quantise activations differently", "give them one rule")
+    down_parts = down.parts if down.kind == "linear" else own_parts(down)
+    if (found := hint(shape(down_parts[0])[1])) != down.rows:
+        raise CannotRewriteError(f"only {down.rows} of {found} rows of a weight are used", "use all of them")
+    names = ("qdata", "block_scale", "global_scale")
+    parts: dict[str, Any] = {f"up_{name}": [up.parts[i] for up in gating.ups] for i, name in enumerate(names)}
+    parts.update({f"down_{name}": part for name, part in zip(names, down_parts, strict=True)})
+    biases = [up.bias for up in gating.ups]
+    rows = [hint(shape(up.parts[0])[1]) for up in gating.ups]
+    up_bias = [_bias(emit, b, c, n) for b, n in zip(biases, rows, strict=True)] if any(biases) else None
+    down_bias = _bias(emit, block.down_biases[0], c, down.rows) if block.down_biases else None
+    return {
+        **parts,
+        "activation": gating.activation,
+        "layout": gating.layout,
+        "up_bias": up_bias,
+        "down_bias": down_bias,
+        "up_act_scale": [up.act_scale for up in ups] if ups[0].act_scale is not None else None,
+        "down_act_scale": down.act_scale,
+        "up_activations": ups[0].activations,
+        "down_activations": down.activations,
+        "dialect": quantised[0].dialect if quantised else "hardware",
+        "weighted": block.weighted,
+    }
+
+
+def _bias(emit: Emitter, bias: Node | None, c: Candidate, rows: int) -> Node:
+    """A bias [E, rows] in x's dtype or float32; zeros for a half that has none."""
+    if bias is None:
+        return emit.full([c.experts, rows], 0.0, c.x)
+    allowed = (torch.float32, c.units[0].ups[0].x.meta["val"].dtype)
+    if bias.meta["val"].dtype not in allowed:
+        bias = emit(prims.convert_element_type.default, bias, torch.float32)
+    return emit.reshape(bias, [c.experts, rows])

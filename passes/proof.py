@@ -1,0 +1,136 @@
+"""Proves that the nodes of a candidate compute what the moe op does, by trying routings.
+
+Before:  nodes x, ids, weights and out, and the products between them
+After:   the block's activation, layout and biases, or why it is none
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.fx import Node
+
+from fx_nvfp4.activation import parse
+
+from .block import Block, Candidate
+from .combine import Combine
+from .found import Refused
+from .nodes import Sizes, assuming, elements, is_size, shape_of
+from .routing import Routing
+from .rows import Rows, Setting, follow
+from .worlds import World, make_world, sizes_to_try
+
+_ROUTINGS = 2  # tried for each choice of sizes
+
+
+def prove(candidate: Candidate) -> Block:
+    """The block; raises `Refused` or `Unsupported` with what does not hold."""
+    nodes = _token_nodes(candidate)
+    block: Block | None = None
+    with unset_fake_temporarily(), torch.no_grad():
+        for number, sizes in enumerate(sizes_to_try(candidate.x, candidate.ids)):
+            for seed in range(_ROUTINGS):
+                with assuming(sizes):
+                    found = _try(candidate, nodes, _ROUTINGS * number + seed, sizes)
+                block = found if block is None else _both(block, found)
+    assert block is not None
+    _check_zero_slots(block)
+    return block
+
+
+def _try(c: Candidate, nodes: frozenset[Node], seed: int, sizes: Sizes) -> Block:
+    """The block as one world shows it."""
+    if c.tokens * c.slots != elements(c.ids) or c.tokens * c.features != elements(c.out):
+        raise Refused(f"{c.ids.name} and {c.out.name} have other numbers of tokens than {c.x.name}", "")
+    dtype = torch.float32 if c.weights is None else c.weights.meta["val"].dtype
+    world = make_world(c.tokens, c.slots, c.choices, dtype, seed)
+    if c.weights is None:
+        world = World(world.ids, torch.ones_like(world.arbitrary), torch.ones_like(world.exact))
+    given = {c.ids: world.ids.reshape(shape_of(c.ids)).to(c.ids.meta["val"].dtype)}
+    if c.weights is not None:
+        weights = world.spread(world.arbitrary, c.experts) if c.per_expert else world.arbitrary
+        given[c.weights] = weights.reshape(shape_of(c.weights))
+    share = world.spread(world.arbitrary.double(), c.experts)
+    chosen = world.spread(torch.ones(world.ids.shape), c.experts) > 0
+    routing = Routing(given, nodes, sizes)
+    setting = Setting(c, world, nodes, routing, share, chosen, torch.Generator().manual_seed(seed))
+    combine = Combine(setting)
+    rows = {
+        unit.down.node: follow(setting, unit, read) for unit, read in zip(c.units, combine.rows_read(), strict=True)
+    }
+    weighted = {r.weighted for r in rows.values()} - {""}
+    if len(weighted) != 1:
+        raise Refused("some rows are weighted before the products and others after", "weight all of them alike")
+    combine.check(rows, min(weighted))
+    gatings = tuple(r.gating for r in rows.values())
+    return Block(c, gatings, weighted.pop(), tuple(combine.biases), _is_dense(setting, rows))
+
+
+def _is_dense(s: Setting, rows: dict[Node, Rows]) -> bool:
+    """Whether any row is of an expert that its token did not choose."""
+    for unit in s.candidate.units:
+        token = rows[unit.down.node].token
+        row = (token >= 0).nonzero()[:, 0]
+        expert = s.experts_of(unit, unit.down, row)
+        if not bool(s.chosen[token[row], expert].all()):
+            return True
+    return False
+
+
+def _both(a: Block, b: Block) -> Block:
+    """What two worlds say, of which one may have had no tokens for some experts."""
+    gatings = []
+    for one, other in zip(a.gatings, b.gatings, strict=True):
+        if one is not None and other is not None and not one.same_as(other):
+            raise Refused("the activation depends on the routing", "use the same for all tokens")
+        gatings.append(one or other)
+    if a.weighted != b.weighted:
+        raise Refused("where weights are applied depends on the routing", "apply them at one place")
+    biases = tuple(dict.fromkeys((*a.down_biases, *b.down_biases)))
+    return Block(a.candidate, tuple(gatings), a.weighted, biases, a.dense or b.dense)
+
+
+def _check_zero_slots(block: Block) -> None:
+    """Experts that see tokens which did not choose them, times a weight of zero, must give zero."""
+    gatings = [g for g in block.gatings if g is not None]
+    if len(gatings) != len(block.gatings):
+        raise Refused("not all experts are used", "give every expert its rows")
+    if any(not g.same_as(gatings[0]) for g in gatings):
+        raise Refused("experts have different activations", "give all experts of a block the same")
+    if not block.dense:
+        return
+    if any("dynamic" in (p.activations) for unit in block.candidate.units for p in unit.products):
+        what = "dynamic activation scales are taken over tokens that did not choose the expert"
+        raise Refused(what, "use static scales, or multiply each expert by its own tokens alone")
+    if block.weighted == "input":
+        zero = parse(gatings[0].activation).evaluate(
+            None if gatings[0].layout == "plain" else torch.zeros(1), torch.zeros(1)
+        )
+        if bool(zero != 0) or block.down_biases or any(up.bias is not None for g in gatings for up in g.ups):
+            raise Refused(
+                "tokens that did not choose an expert enter it as zeros, and do not leave it as zeros",
+                "weight the output, or use no bias and an activation that keeps zeros",
+            )
+
+
+def _token_nodes(c: Candidate) -> frozenset[Node]:
+    """Nodes between x and out that hold what belongs to tokens: what follows from x or a product, routing apart."""
+    found = {c.x, *(p.node for unit in c.units for p in unit.products)}
+    given = {c.ids, c.weights}
+    for node in _between(c.x.graph, found, c.out):
+        if node not in given and not is_size(node) and any(source in found for source in node.all_input_nodes):
+            found.add(node)
+    return frozenset(found)
+
+
+def _between(graph: torch.fx.Graph, first: set[Node], last: Node) -> Iterator[Node]:
+    """Nodes in the graph's order from the first of some to `last`."""
+    started = False
+    for node in graph.nodes:
+        started |= node in first
+        if started:
+            yield node
+        if node is last:
+            return

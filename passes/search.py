@@ -1,0 +1,276 @@
+"""Finds where blocks may lie: products of experts in pairs, and the nodes that may be x, ids, weights and out.
+
+Before:  a graph with fx_nvfp4 ops
+After:   candidates, the likeliest first; `proof` tells which of them is a block
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx import Node
+
+from .block import Candidate, Unit
+from .expert_products import ExpertProduct, expert_product
+from .nodes import arguments, elements, is_size, is_tensor, shape_of
+from .sample import MOVES
+
+aten = torch.ops.aten
+
+_MOST_NODES = 4000  # of routing, or between two products
+_MOST_JOINS = 8  # places where all of a block comes together that are tried as its end
+_PRODUCTS = {aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default, aten._grouped_mm.default}
+_CHOOSING = {aten.topk.default: "k", aten.sort.default: "", aten.sort.stable: ""}
+
+
+def find_units(graph: fx.Graph) -> list[tuple[Unit, ...]]:
+    """Groups of units that may make up one block each."""
+    products = {n: p for n in graph.nodes if (p := expert_product(n)) is not None}
+    whole: list[tuple[Unit, ...]] = []
+    apart: dict[Any, list[Unit]] = {}
+    for down in products.values():
+        ups = _ups(down, products)
+        if ups is None:
+            continue
+        if down.kind != "linear":
+            whole.append((Unit(ups, down),))
+        elif (source := _routing_source(Unit(ups, down))) is not None:
+            key = source, down.rows, down.k, len(ups), [down.parts if down.experts else None]
+            apart.setdefault(str(key), []).append(Unit(ups, down))
+    numbered = [tuple(_numbered(units)) for units in apart.values()]
+    return whole + [units for units in numbered if len(units) > 1]
+
+
+def _numbered(units: list[Unit]) -> Iterator[Unit]:
+    """Units of one expert each with its number: which of the weight's experts it is, or which unit."""
+    for number, unit in enumerate(units):
+        yield Unit(unit.ups, unit.down, number if unit.down.expert is None else unit.down.expert)
+
+
+def _ups(down: ExpertProduct, products: dict[Node, ExpertProduct]) -> tuple[ExpertProduct, ...] | None:
+    """The products that a down product's x is made of by pointwise ops and moves, if they fit it."""
+    found: dict[Node, ExpertProduct] = {}
+    stack, seen = [down.x], {down.x}
+    while stack and len(seen) < _MOST_NODES:
+        node = stack.pop()
+        if node in products:
+            found[node] = products[node]
+            continue
+        if node.op != "call_function" or not _is_stepwise(node):
+            if node is down.x:
+                return None
+            continue
+        new = [n for n in node.all_input_nodes if n not in seen and is_tensor(n) and n.meta["val"].is_floating_point()]
+        new += [n for n in node.all_input_nodes if n not in seen and isinstance(n.meta.get("val"), (tuple, list))]
+        stack += new
+        seen.update(new)
+    ups = tuple(sorted(found.values(), key=lambda p: list(products).index(p.node)))
+    fit = 1 <= len(ups) <= 2 and all(up.experts == down.experts and up.expert == down.expert for up in ups)
+    return ups if fit and all(up.rows in (down.k, 2 * down.k) for up in ups) else None
+
+
+def _is_stepwise(node: Node) -> bool:
+    if isinstance(node.meta.get("val"), (tuple, list)):
+        return node.target in (aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int)
+    cast = node.target in (torch.ops.prims.convert_element_type.default, aten._to_copy.default, aten.clamp.default)
+    return MOVES.of(node) is not None or cast or torch.Tag.pointwise in getattr(node.target, "tags", ())
+
+
+def _routing_source(unit: Unit) -> Node | None:
+    """The node that expert ids first appear in, if what surrounds the products of one expert depends on any."""
+    beside: list[Node] = []
+    node = unit.down.node
+    for _ in range(16):  # up to where it is added to what other experts give
+        if len(node.users) != 1:
+            break
+        user = next(iter(node.users))
+        beside += [n for n in user.all_input_nodes if n is not node]
+        if user.target in (aten.add.Tensor, aten.index_add.default, aten.index_put.default):
+            break
+        node = user
+    for up in unit.ups:
+        node = up.x
+        while node.op == "call_function" and MOVES.of(node) is not None and is_tensor(node):
+            beside += node.all_input_nodes[1:]
+            node = node.all_input_nodes[0]
+    sources = [n for n in integer_sources(n for n in beside if n not in (unit.down.node,)) if n.op != "placeholder"]
+    return sources[0] if sources else None
+
+
+def integer_sources(nodes: Iterable[Node]) -> list[Node]:
+    """Integers that nodes are computed from and that are computed from no others, the nearest first.
+
+    Products of floating-point tensors, such as a router's, are not looked behind.
+    """
+    seen = {n for n in nodes if isinstance(n.meta.get("val"), torch.Tensor)}
+    queue, found = list(seen), []
+    while queue and len(seen) < _MOST_NODES:
+        node = queue.pop(0)
+        if is_tensor(node) and not node.meta["val"].is_floating_point():
+            inputs = _tensors_below(node)
+            if inputs and not any(not n.meta["val"].is_floating_point() for n in inputs):
+                found.append(node)
+                continue
+            if not inputs and node.op == "placeholder":
+                found.append(node)
+        elif node.target in _PRODUCTS or expert_product(node) is not None:
+            continue
+        new = [n for n in node.all_input_nodes if n not in seen]
+        seen.update(new)
+        queue += new
+    return found
+
+
+def _tensors_below(node: Node) -> list[Node]:
+    """Tensors that a node is computed from; what returns several tensors is looked through."""
+    nodes = node.all_input_nodes
+    several = [n for n in nodes if isinstance(n.meta.get("val"), (tuple, list))]
+    return [n for n in (*nodes, *(m for s in several for m in s.all_input_nodes)) if is_tensor(n)]
+
+
+def joins(units: tuple[Unit, ...]) -> Iterator[Node]:
+    """Nodes that everything computed from the up products passes through: where a block may end."""
+    first = {p.node for unit in units for p in unit.products}
+    downs = {unit.down.node for unit in units}
+    waiting: dict[Node, int] = {}
+    started, found = set(), 0
+    for node in units[0].down.node.graph.nodes:
+        inside = node in first or any(n in waiting for n in node.all_input_nodes)
+        if not inside or is_size(node):
+            continue
+        if node.op == "output" or found == _MOST_JOINS:
+            return
+        started |= {node} & downs
+        for source in node.all_input_nodes:
+            if source in waiting:
+                waiting[source] -= 1
+        waiting[node] = sum(not is_size(user) for user in node.users)
+        if len(started) < len(downs):
+            continue
+        open_ends = [n for n, left in waiting.items() if left and n is not node]
+        if not open_ends and node not in downs and is_tensor(node) and node.meta["val"].is_floating_point():
+            found += 1
+            yield node
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Nodes that may be a block's ids, their expert count, its x, and its weights."""
+
+    ids: Node
+    choices: int
+    x: Node
+
+
+def candidates(units: tuple[Unit, ...]) -> Iterator[Candidate]:
+    """Where the block of some units may lie, the likeliest first."""
+    ends = list(joins(units))
+    if not ends:
+        return
+    x = _data(units[0].ups[0])
+    inside = _inside(units, ends[-1])
+    outside = {n for node in inside for n in node.all_input_nodes if n not in inside and n is not x}
+    cone = _routing_cone(outside, x)
+    for source in integer_sources(outside):
+        ids_like = [n for n in cone if _may_be_ids(n, source, x, units[0].ups[0].k)]
+        for ids in ids_like[:3]:
+            for weights, per_expert in _weights(cone, ids, units, x):
+                for out in ends:
+                    k, features = units[0].ups[0].k, units[0].down.rows
+                    if elements(out) * k == elements(x) * features:
+                        choices = _choices(source)
+                        wraps = choices is None and any(p.kind == "indexed" for u in units for p in u.products)
+                        experts = units[0].down.experts or len(units)
+                        yield Candidate(units, x, ids, weights, per_expert, choices or experts, out, wraps)
+
+
+def _inside(units: tuple[Unit, ...], last: Node) -> set[Node]:
+    """Nodes computed from the products up to `last`, and those that their rows are gathered by."""
+    found = {p.node for unit in units for p in unit.products}
+    for node in units[0].down.node.graph.nodes:
+        if not is_size(node) and any(n in found for n in node.all_input_nodes):
+            found.add(node)
+        if node is last:
+            break
+    for unit in units:
+        for up in unit.ups:
+            found.update(_path(up))
+    return found
+
+
+def _path(up: ExpertProduct) -> list[Node]:
+    """Nodes from an up product's x back to the tokens: moves, and products with broadcast weights."""
+    path, node = [], up.x
+    while node.op == "call_function" and is_tensor(node):
+        source = _moved(node)
+        if source is None:
+            break
+        path.append(node)
+        node = source
+    return [*path, node]
+
+
+def _moved(node: Node) -> Node | None:
+    """What a node holds rows of."""
+    if node.target in (aten.cat.default,):
+        return max(arguments(node).tensors, key=elements)
+    if MOVES.of(node) is not None and node.target not in (aten.slice.Tensor, aten.select.int):
+        source = node.all_input_nodes[0]
+        return source if is_tensor(source) and source.meta["val"].is_floating_point() else None
+    if node.target is aten.mul.Tensor:
+        sides = [n for n in node.args if is_tensor(n)]
+        smaller = [n for n in sides if elements(n) < elements(node)]  # type: ignore[arg-type]
+        rows = [n for n in sides if shape_of(n)[-1:] == shape_of(node)[-1:]]  # type: ignore[arg-type]
+        return rows[0] if len(smaller) == len(sides) == 2 and len(rows) == 1 else None  # type: ignore[return-value]
+    if node.target is aten.where.self:
+        sides = [n for n in node.args[1:] if is_tensor(n)]
+        return max(sides, key=elements, default=None)  # type: ignore[arg-type,return-value]
+    return None
+
+
+def _data(up: ExpertProduct) -> Node:
+    return _path(up)[-1]
+
+
+def _routing_cone(outside: set[Node], x: Node) -> list[Node]:
+    """Nodes that routing is computed by, the latest first; products of floating-point tensors end it."""
+    seen, stack = set(outside), list(outside)
+    while stack and len(seen) < _MOST_NODES:
+        node = stack.pop()
+        if node is x or node.op == "placeholder" or node.target in _PRODUCTS or expert_product(node) is not None:
+            continue
+        new = [n for n in node.all_input_nodes if n not in seen]
+        seen.update(new)
+        stack += new
+    order = {n: i for i, n in enumerate(x.graph.nodes)}
+    return sorted((n for n in seen if is_tensor(n)), key=order.__getitem__, reverse=True)
+
+
+def _may_be_ids(node: Node, source: Node, x: Node, k: int) -> bool:
+    val = node.meta["val"]
+    return node is source and val.dtype in (torch.int64, torch.int32) and elements(node) % max(elements(x) // k, 1) == 0
+
+
+def _choices(source: Node) -> int | None:
+    """How many experts ids choose from, where the op that makes them tells."""
+    call = source.args[0] if source.args and isinstance(source.args[0], Node) else source
+    if call.target in (aten.topk.default, aten.sort.default, aten.sort.stable):
+        a = arguments(call)
+        return shape_of(a.self)[a.dim]
+    return None
+
+
+def _weights(cone: list[Node], ids: Node, units: tuple[Unit, ...], x: Node) -> Iterator[tuple[Node | None, bool]]:
+    """Nodes that may hold the routing weights: of slots, the latest first, then of all experts, then none."""
+    tokens = elements(x) // units[0].ups[0].k
+    experts = units[0].down.experts or len(units)
+    floats = [n for n in cone if n.meta["val"].is_floating_point()]
+    for per_expert, size in ((False, elements(ids)), (True, tokens * experts)):
+        for node in floats:
+            if elements(node) == size and node.target is not aten.unsqueeze.default:
+                yield node, per_expert
+    yield None, False

@@ -1,0 +1,68 @@
+"""Routings to try a block with: which experts each token takes, and what the slots weigh.
+
+A world has its own sizes too where these are symbols, so that nothing holds by the coincidence of two sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import sympy
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from .nodes import Sizes, seen_sizes
+
+_LARGE = 64  # a hint from here on is halved for another size, below it is tripled
+
+
+@dataclass(frozen=True)
+class World:
+    """ids: [T, A] experts; arbitrary, exact: [T, A] weights, any values, and such that sums are exact in 8 bits."""
+
+    ids: Tensor
+    arbitrary: Tensor
+    exact: Tensor
+
+    @property
+    def slots(self) -> int:
+        return self.ids.shape[1]
+
+    def spread(self, weights: Tensor, experts: int) -> Tensor:
+        """Weights [T, A] as [T, E], zero for experts that a token did not choose."""
+        inside = self.ids < experts
+        share = torch.zeros(len(weights), experts, dtype=weights.dtype)
+        return share.scatter_add(1, torch.where(inside, self.ids, 0), torch.where(inside, weights, 0))
+
+
+def make_world(tokens: int, slots: int, choices: int, dtype: torch.dtype, seed: int) -> World:
+    """Distinct experts for every token: at random for even seeds; for odd ones half of the tokens crowd on the first
+    experts and half on the last, so that others have none.
+
+    Args:
+        choices: how many experts there are to choose from.
+        dtype: of the weights.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.rand(tokens, choices, generator=generator).topk(slots, dim=1).indices
+    if seed % 2:
+        crowd = (torch.arange(slots) + torch.arange(tokens)[:, None]) % slots
+        ids = torch.where(torch.arange(tokens)[:, None] % 2 == 0, crowd, choices - 1 - crowd)
+    sign = torch.randint(0, 2, (tokens, slots), generator=generator) * 2 - 1
+    arbitrary = (torch.rand(tokens, slots, generator=generator) + 0.05) * sign
+    exact = torch.exp2(-torch.randint(0, 2, (tokens, slots), generator=generator).double()) * sign.roll(1, 0)
+    return World(ids, arbitrary.to(dtype), exact.to(dtype))
+
+
+def sizes_to_try(*nodes: Node) -> Iterator[Sizes]:
+    """The sizes that tracing saw, and others if those of `nodes` are symbols."""
+    symbols: dict[sympy.Symbol, int] = {}
+    for node in nodes:
+        for size in node.meta["val"].shape:
+            if isinstance(size, torch.SymInt):
+                symbols.update({s: v for s, v in seen_sizes(size).items() if s in size.node.expr.free_symbols})
+    yield dict(symbols)
+    if symbols:
+        yield {s: value // 2 if value >= _LARGE and value % 2 == 0 else 3 * value for s, value in symbols.items()}
