@@ -127,15 +127,11 @@ class Probe:
                 continue
             if torch.equal(column, own // s) and same_size(whole, s * size):
                 return Axis("quotient", dim=d, size=s)
-            if isinstance(size, int) and s == size and torch.equal(column, own % s):
+            if not isinstance(size, int):  # a symbol would make the axis wrong for other sizes
+                continue
+            if s == size and torch.equal(column, own % s):
                 return Axis("remainder", dim=d, size=s)
-            if (
-                isinstance(size, int)
-                and isinstance(whole, int)
-                and s < size
-                and extent % s == 0
-                and (line := _line(own % s, column))
-            ):
+            if s < size and isinstance(whole, int) and extent % s == 0 and (line := _line(own % s, column)):
                 return Axis("remainder", dim=d, size=s, step=line[0], value=line[1])
         return None
 
