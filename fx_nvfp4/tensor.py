@@ -102,10 +102,11 @@ class NVFP4Weight(TorchAOBaseTensor):
         self.orig_dtype, self.activations, self.dialect = orig_dtype, activations, dialect
         self.transposed, self.act_scale, self.expert_ids, self.view_dims = transposed, act_scale, expert_ids, view_dims
 
-    # Dispatch alone decides: a Python function around every call would be a frame that Dynamo traces by itself.
+    # Dispatch alone decides, and behind Dynamo's back: where a graph breaks, it would trace these frames by themselves.
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @classmethod
+    @torch.compiler.disable
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         table = cls._ATEN_OP_TABLE[cls]
         handler = table.get(func) or table.get(func.name())

@@ -52,7 +52,8 @@ def swizzled_weights(tensors: Sequence[Any]) -> int:
     return sum(1 for t in tensors if is_torchao_nvfp4(t) and t.is_swizzled_scales)
 
 
-def _dispatch(cls: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+@torch.compiler.disable  # where a graph breaks, Dynamo would trace this frame by itself
+def __torch_dispatch__(cls: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
     """In the place of NVFP4Tensor.__torch_dispatch__."""
     kwargs = kwargs or {}
     can = _TORCHAO_CAN.get(func)
@@ -149,4 +150,4 @@ _TORCHAO_CAN: dict[Any, Callable[..., bool]] = {
 
 if NVFP4Tensor is not None:
     _torchao_dispatch = NVFP4Tensor.__torch_dispatch__.__func__
-    NVFP4Tensor.__torch_dispatch__ = classmethod(_dispatch)
+    NVFP4Tensor.__torch_dispatch__ = classmethod(__torch_dispatch__)
