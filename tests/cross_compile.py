@@ -20,13 +20,28 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fx_nvfp4.activation import parse
+from fx_nvfp4.kernels.activation import compile_activation
 from fx_nvfp4.kernels.batched import batched_kernel
-from fx_nvfp4.kernels.config import DEQUANTIZE, FAKE_QUANTIZE_BLOCKS, INDEXED, gemm_config, gradient_config
+from fx_nvfp4.kernels.config import (
+    COMBINE_ELEMENTS,
+    DEQUANTIZE,
+    FAKE_QUANTIZE_BLOCKS,
+    INDEXED,
+    ROUTING_BLOCK,
+    ROUTING_BLOCKS_PER_STEP,
+    ROUTING_GROUPS,
+    gemm_config,
+    gradient_config,
+    up_config,
+)
 from fx_nvfp4.kernels.dequantize import dequantize_kernel
 from fx_nvfp4.kernels.fake_quantize import fake_quantize_kernel
 from fx_nvfp4.kernels.grouped import grouped_kernel
 from fx_nvfp4.kernels.indexed import indexed_kernel
 from fx_nvfp4.kernels.input_grad import SPLIT_BLOCK, input_grad_kernel, split_grad_kernel
+from fx_nvfp4.kernels.moe import combine_kernel, down_kernel, up_kernel
+from fx_nvfp4.kernels.routing import count_kernel, place_kernel
 
 TARGETS = {
     **{str(arch): GPUTarget("cuda", arch, 32) for arch in (80, 86, 89, 90, 100, 120)},
@@ -35,12 +50,19 @@ TARGETS = {
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # One number of rows for each row tile that config.gemm_config knows.
 ROWS = (16, 32, 64)
+# Every Triton function that an activation may be built of.
+ACTIVATION = (
+    "silu(g) * u + gelu(g) + gelu_tanh(clamp(u, -7.0, 7.0)) + softplus(u) + where(g > 0.0, relu(u), sign(u)) + erf(g)"
+    " + pow(abs(g), u) + log2(exp2(g)) + rsqrt(exp(u)) + sqrt(abs(u)) + log(sigmoid(g)) + minimum(g, maximum(u, 0.0))"
+)
 QUICK_DTYPE_ROWS = (("bf16", 16), ("bf16", 64), ("fp16", 32), ("fp32", 64))
 
 
 def kernel_calls(dtype: str, rows: int, hip: bool) -> dict[str, tuple[Any, dict[str, Any]]]:
     """Every kernel with its compile-time arguments."""
     config = gemm_config(rows, DTYPES[dtype], hip).meta()
+    silu, anything = (compile_activation(parse(text).to_triton()) for text in ("silu(g) * u", ACTIVATION))
+    up = up_config(rows, DTYPES[dtype], hip).meta()
     parts = 3 if dtype == "fp32" else 2
     return {
         "batched": (batched_kernel, config),
@@ -49,6 +71,12 @@ def kernel_calls(dtype: str, rows: int, hip: bool) -> dict[str, tuple[Any, dict[
         "split_grad": (split_grad_kernel, {"PARTS": parts, "BLOCK": SPLIT_BLOCK}),
         "indexed": (indexed_kernel, INDEXED.meta()),
         "dequantize": (dequantize_kernel, DEQUANTIZE.meta()),
+        "up": (up_kernel, {**up, "GROUPS": 256, "ACTIVATION": silu}),
+        "activation": (up_kernel, {**up, "GROUPS": 256, "ACTIVATION": anything}),
+        "down": (down_kernel, {**config, "GROUPS": 256}),
+        "combine": (combine_kernel, {"SLOTS": 8, "A": 6, "BLOCK_N": COMBINE_ELEMENTS // 8}),
+        "count": (count_kernel, {"BLOCK": ROUTING_BLOCK, "BLOCKS": ROUTING_BLOCKS_PER_STEP}),
+        "place": (place_kernel, {"BLOCK": ROUTING_BLOCK, "GROUPS": ROUTING_GROUPS}),
         "fake_quantize": (fake_quantize_kernel, {"APPLY_SCALE": True, "BLOCKS": FAKE_QUANTIZE_BLOCKS}),
     }
 
@@ -58,8 +86,9 @@ def argument_type(name: str, dtype: str) -> str:
     if not name.endswith("_ptr"):
         return "i32"
     bytes_and_indices = {"qdata_ptr": "u8", "block_scale_ptr": "u8", "offs_ptr": "i32", "ids_ptr": "i64"}
-    bytes_and_indices.update(row_group_ptr="i64", order_ptr="i64", parts_ptr="bf16")
-    if name in ("x_ptr", "out_ptr"):
+    bytes_and_indices.update(row_group_ptr="i64", order_ptr="i64", parts_ptr="bf16", before_ptr="i32", total_ptr="i32")
+    name = name.removeprefix("gate_")
+    if name in ("x_ptr", "y_ptr", "out_ptr", "bias_ptr"):
         return f"*{dtype}"
     return f"*{bytes_and_indices.get(name, 'fp32')}"
 
@@ -70,7 +99,7 @@ def compile_kernel(kernel: Any, arguments: dict[str, Any], dtype: str, target: G
     options = {name: arguments.pop(name) for name in ("num_warps", "num_stages") if name in arguments}
     names = kernel.arg_names
     signature = {name: "constexpr" if name in arguments else argument_type(name, dtype) for name in names}
-    aligned = re.compile(r".*_ptr|stride_x.|stride_q.|K")
+    aligned = re.compile(r".*_ptr|(gate_)?stride_(x|q).|K")
     attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if aligned.fullmatch(name)}
     constants = {(names.index(name),): value for name, value in arguments.items()}
     return triton.compile(ASTSource(kernel, signature, constants, attrs), target=target, options=options)
@@ -116,16 +145,18 @@ def describe(compiled: Any, target: GPUTarget) -> dict[str, Any]:
 
 def combinations(full: bool) -> Iterator[tuple[str, int, frozenset[str]]]:
     """dtype, rows, and the kernels to compile with them; kernels whose tile ignores rows come once per dtype."""
-    tiled = frozenset({"batched", "grouped", "input_grad"})
-    others = frozenset({"indexed", "dequantize", "fake_quantize", "split_grad"})
+    tiled = frozenset({"batched", "grouped", "input_grad", "up", "down"})
+    others = frozenset(
+        {"indexed", "dequantize", "fake_quantize", "split_grad", "activation", "combine", "count", "place"}
+    )
     if full:
         for dtype in DTYPES:
             for rows in ROWS:
                 yield dtype, rows, tiled | others if rows == ROWS[0] else tiled
         return
     for i, (dtype, rows) in enumerate(QUICK_DTYPE_ROWS):
-        # batched and grouped share their tile, so each is compiled for every other combination.
-        yield dtype, rows, frozenset({"grouped" if i % 2 else "batched", "input_grad"})
+        # These share their tile, so half of them are compiled for every other combination.
+        yield dtype, rows, frozenset({"grouped", "up", "input_grad"} if i % 2 else {"batched", "down", "input_grad"})
     yield "bf16", ROWS[0], others
 
 

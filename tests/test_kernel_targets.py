@@ -15,7 +15,10 @@ SHARED_LIMIT = {
     **{"80": 163 * KB, "86": 99 * KB, "89": 99 * KB, "90": 227 * KB, "100": 227 * KB, "120": 99 * KB},
     **{"gfx90a": 64 * KB, "gfx942": 64 * KB, "gfx950": 160 * KB},
 }
-KERNELS = {"batched", "grouped", "indexed", "dequantize", "fake_quantize", "input_grad", "split_grad"}
+KERNELS = {
+    *("batched", "grouped", "indexed", "dequantize", "fake_quantize", "input_grad", "split_grad"),
+    *("up", "down", "activation", "combine", "count", "place"),
+}
 
 
 def cross_compile(*arguments: str) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """Tile sizes and launch parameters of the kernels: the one place that decides them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -45,6 +45,19 @@ def gemm_config(rows: int, dtype: torch.dtype, hip: bool | None = None) -> GemmC
     return GemmConfig(block_m, 64, 128, num_warps=8 if block_m == 64 else 4, num_stages=num_stages)
 
 
+def up_config(rows: int, dtype: torch.dtype, hip: bool | None = None) -> GemmConfig:
+    """Of the kernel that multiplies with gate and up, one after the other, so that BLOCK_N stands for two tiles."""
+    if hip is None:
+        hip = torch.version.hip is not None
+    config = gemm_config(rows, dtype, hip)
+    if not hip:
+        return config
+    # The tiles of gemm_config spill registers here, where masks take two for each comparison.
+    if dtype == torch.float32:
+        return replace(config, block_m=16)
+    return replace(config, block_n=32) if config.block_m == 32 else config
+
+
 def gradient_config(rows: int, hip: bool | None = None) -> GemmConfig:
     """For gradients of x, of which one expert is expected to see `rows` rows: BLOCK_N is the step, BLOCK_K on output.
 
@@ -75,8 +88,8 @@ DEQUANTIZE = RowConfig(block_n=16, block_k=256, num_warps=4)
 FAKE_QUANTIZE_BLOCKS = 128
 # Slots that one program of the routing kernels places, blocks of them that it counts at a time, and experts whose slots
 # it compares with at a time.
-ROUTING_BLOCK = 128
-ROUTING_BLOCKS_PER_STEP = 32
+ROUTING_BLOCK = 64
+ROUTING_BLOCKS_PER_STEP = 64
 ROUTING_GROUPS = 64
 # Elements of [slots of a token, outputs] that one program of the combine kernel sums.
 COMBINE_ELEMENTS = 4096

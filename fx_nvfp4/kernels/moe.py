@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import compile_activation
-from .config import COMBINE_ELEMENTS, gemm_config
+from .config import COMBINE_ELEMENTS, GemmConfig, gemm_config, up_config
 from .grouped import find_tile
 from .operands import Weight, check_input, check_out_scale, pack_weight, require
 from .routing import load_expert
@@ -317,6 +317,7 @@ def up(
         (slots_per_row, *gate_strides, *strides),
         out,
         weight,
+        up_config(triton.cdiv(order.shape[0], weight.experts), out.dtype),
         ACTIVATION=compile_activation(activation),
     )
     return out
@@ -326,7 +327,8 @@ def down(operand: Operand, order: Tensor, offs: Tensor) -> Tensor:
     """Row s of x by the expert of slot s -> [S, N] in x's dtype; slots in no group are not written."""
     weight, arguments, strides = _prepare(operand)
     out = operand.x.new_empty(order.shape[0], weight.n)
-    _launch(down_kernel, (order, offs, out, *arguments), strides, out, weight)
+    config = gemm_config(triton.cdiv(order.shape[0], weight.experts), out.dtype)
+    _launch(down_kernel, (order, offs, out, *arguments), strides, out, weight, config)
     return out
 
 
@@ -369,11 +371,12 @@ def _prepare(operand: Operand) -> tuple[Weight, list[Any], list[int]]:
     return weight, [x, *weight, out_scale, bias], strides
 
 
-def _launch(kernel: Any, pointers: Any, rest: Any, out: Tensor, weight: Weight, **constants: Any) -> None:
+def _launch(
+    kernel: Any, pointers: Any, rest: Any, out: Tensor, weight: Weight, config: GemmConfig, **constants: Any
+) -> None:
     slots = out.shape[0]
     if out.numel() == 0:
         return
-    config = gemm_config(triton.cdiv(slots, weight.experts), out.dtype)
     # Each non-empty group, the slots of nobody among them, wastes less than one tile.
     groups = min(weight.experts + 1, slots)
     tiles_m = (slots + groups * (config.block_m - 1)) // config.block_m
