@@ -1,0 +1,163 @@
+"""Random mixture-of-experts modules from the pieces of the zoo, compiled against eager.
+
+    python tests/fuzz.py --count 5000 --seed 0
+
+Case n of a run is that of the seed, seed + n, whatever comes before it: `--seed S --count 1` repeats one. What came of
+each graph is counted: "lifted", "rewritten", "refused" with its reasons, or a bug, and then the line to repeat it is
+printed: "DIFFERENT" from eager, "SILENT" dequantisation, "CRASH".
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+import torch
+from moe_zoo import ACTIVATIONS, Recipe, packings, unsupported
+from zoo_checks import Outcome, check
+from zoo_routing import ROUTINGS, TOP_1
+from zoo_styles import LOOPS, STYLES
+from zoo_weights import NEAR_MISSES, PACKINGS
+
+# Styles in which packed tensors cannot be used yet, in eager either.
+UNSERVED_TENSORS = ("einsum", "dense_einsum")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What one seed stands for: arguments of zoo_checks.check."""
+
+    seed: int
+    recipe: Recipe
+    shapes: tuple[tuple[int, ...], ...]
+    dynamic: str
+
+    def __str__(self) -> str:
+        """A line of Python that repeats it."""
+        plain = Recipe()
+        changed = {f.name: getattr(self.recipe, f.name) for f in fields(Recipe)}
+        given = ", ".join(f"{k}={v!r}" for k, v in changed.items() if v != getattr(plain, k))
+        return f"check(Recipe({given}), {list(self.shapes)}, {self.dynamic!r})"
+
+
+def case(seed: int) -> Case:
+    """The case of a seed."""
+    rng = random.Random(seed)
+    while True:
+        recipe = _recipe(rng, seed)
+        if not unsupported(recipe):
+            break
+    dynamic = rng.choices(("no", "tokens", "all"), (6, 3, 1))[0]
+    count = 1 if dynamic == "no" else 3
+    if rng.random() < 0.3:
+        shapes = tuple((rng.randint(2, 4), rng.randint(2, 5)) for _ in range(count))
+    else:
+        # Dynamo specialises on the sizes 0 and 1.
+        shapes = tuple((rng.randint(1 if dynamic == "no" else 2, 11),) for _ in range(count))
+    return Case(seed, recipe, shapes, dynamic)
+
+
+def _recipe(rng: random.Random, seed: int) -> Recipe:
+    style = rng.choice(list(STYLES))
+    routing = rng.choice(list(ROUTINGS))
+    experts = rng.choice((1, 2, 3, 4) if style in LOOPS else (1, 2, 3, 4, 5, 8))
+    return Recipe(
+        style=style,
+        routing=routing,
+        form=rng.choice(("concatenated", "interleaved", "separate", "plain")),
+        activation=rng.choice(list(ACTIVATIONS)),
+        bias=rng.random() < 0.3,
+        shared=rng.choice(("none", "none", "plain", "gated")),
+        packing=_packing(rng, style),
+        stored=rng.choice(("rows", "rows", "transposed", "columns")),
+        gather=rng.choice(("packed", "dequantised")),
+        mask=rng.choice(("scatter", "one-hot", "comparison")),
+        dtype=rng.choice((torch.float32, torch.float32, torch.bfloat16, torch.float16)),
+        experts=experts,
+        top_k=1 if routing in TOP_1 else rng.randint(1, experts),
+        hidden=16 * rng.randint(1, 5),
+        intermediate=16 * rng.randint(1, 5),
+        seed=seed,
+    )
+
+
+def _packing(rng: random.Random, style: str) -> str:
+    """One for all weights, one for each, or one of them a near miss."""
+    names = [n for n in PACKINGS if style not in UNSERVED_TENSORS or not PACKINGS[n].tensor]
+    tensors = [n for n in names if PACKINGS[n].tensor]
+    kind = rng.random()
+    if kind < 0.3 and tensors:
+        return rng.choice(tensors)
+    if kind < 0.65:
+        return rng.choice(names)
+    if kind < 0.95:
+        return ", ".join(rng.choices(names, k=3))
+    # Blocks of 32 need an even number of blocks.
+    odd = [n for n in NEAR_MISSES if "32" not in NEAR_MISSES[n][1]]
+    return ", ".join(rng.sample([rng.choice(names), rng.choice(odd)], k=2))
+
+
+def run(case: Case) -> Outcome:
+    """The outcome of a case; whatever is raised, by eager or compiled, is a crash."""
+    try:
+        return check(case.recipe, case.shapes, case.dynamic)
+    except Exception as error:
+        text = str(error).strip().splitlines() or [""]
+        return Outcome("CRASH", detail=f"{type(error).__name__}: {text[0][:300]}")
+
+
+def outcomes(seed: int, count: int) -> Iterator[tuple[Case, Outcome]]:
+    """Cases seed .. seed + count - 1 with what came of them; a refusal without a reason is a bug."""
+    for number in range(seed, seed + count):
+        found = case(number)
+        outcome = run(found)
+        if outcome.kind == "refused" and not all(r.reason and r.where for r in outcome.report.refused):
+            outcome.kind = "UNEXPLAINED"
+        yield found, outcome
+
+
+def expected_refusal(found: Case) -> bool:
+    """Whether a weight of this case is no NVFP4 at all."""
+    return any(p not in PACKINGS.values() for p in packings(found.recipe.packing))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, default=300, help="number of graphs")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first")
+    parser.add_argument("--verbose", action="store_true", help="print every case")
+    args = parser.parse_args()
+    kinds: Counter[str] = Counter()
+    by_style: Counter[tuple[str, str]] = Counter()
+    reasons: Counter[str] = Counter()
+    start = time.time()
+    for found, outcome in outcomes(args.seed, args.count):
+        kinds[outcome.kind] += 1
+        by_style[found.recipe.style, outcome.kind] += 1
+        if outcome.kind == "refused" and not expected_refusal(found):
+            reasons[outcome.detail[:150]] += 1
+        if outcome.bug or args.verbose:
+            print(f"seed {found.seed}: {outcome.kind}: {outcome.detail}\n    {found}", flush=True)
+    columns = sorted(kinds, key=lambda k: (k.isupper(), k))
+    print(f"\n{'style':16}" + "".join(f"{k:>12}" for k in columns))
+    for style in STYLES:
+        print(f"{style:16}" + "".join(f"{by_style[style, k]:12}" for k in columns))
+    print(f"{'all':16}" + "".join(f"{kinds[k]:12}" for k in columns))
+    for reason, count in reasons.most_common(20):
+        print(f"{count:6} refused: {reason}")
+    bugs = sum(n for k, n in kinds.items() if k.isupper())
+    print(f"{args.count} graphs, seeds {args.seed} to {args.seed + args.count - 1}: {bugs} unexplained, ", end="")
+    print(f"{time.time() - start:.0f} s")
+    return 1 if bugs else 0
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    sys.exit(main())

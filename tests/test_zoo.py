@@ -1,0 +1,180 @@
+"""Every style of mixture of experts with every spelling of its weights: what the graph becomes, and its numbers.
+
+`check` compares with eager and with the fp32 reference, and looks for dense weights in the graph; PRODUCTS and LIFTED
+say which ops must be found there.
+"""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from moe_zoo import ACTIVATIONS, Recipe, unsupported
+from zoo_checks import Outcome, check
+from zoo_routing import ROUTINGS, TOP_1
+from zoo_styles import DATA_DEPENDENT, LOOPS, MODULE_LISTS, STYLES
+from zoo_weights import NEAR_MISSES, PACKINGS
+
+pytest.importorskip("transformers")  # whose experts are two of the styles
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SHAPES = {"no": [(5,)], "tokens": [(5,), (8,), (3,)], "all": [(5,), (8,), (3,)]}
+TENSOR = "packed tensor W4A16"
+# style -> the ops of its up and its down product
+PRODUCTS = {
+    **dict.fromkeys(("linear", "stacked_loop", "split_sizes", *MODULE_LISTS), ("linear", "linear")),
+    **dict.fromkeys(("einsum", "batched_mm", "batched_rows", "scattered_rows"), ("indexed", "indexed")),
+    **dict.fromkeys(("grouped_mm", "titan", "titan_input", "titan_unsorted", "titan_padded"), ("grouped", "grouped")),
+    **dict.fromkeys(("dense_bmm", "dense_matmul", "llama4", "llama4_scatter", "capacity"), ("batched", "batched")),
+    "dense_einsum": ("linear", "batched"),
+}
+# Styles whose whole block becomes one moe op.
+LIFTED: tuple[str, ...] = ()
+# packing -> why no op serves it yet
+UNSERVED = {"codes in int32": "packs codes in torch.int32", "scales swizzled": "128 x 4 tiles"}
+# Styles in which packed tensors cannot be used yet.
+UNSERVED_TENSORS = ("einsum", "dense_einsum")
+
+
+def expected_ops(r: Recipe) -> Counter:
+    """Ops of the compiled graph by name."""
+    ups = 2 if r.form == "separate" else 1
+    times = r.experts if r.style in LOOPS else 1
+    up, down = PRODUCTS[r.style]
+    ops = Counter({"moe": 1}) if r.style in LIFTED else Counter({up: ups * times}) + Counter({down: times})
+    return ops + (Counter({"linear": ups + 1}) if r.shared != "none" else Counter())
+
+
+def emulated(recipe: Recipe, dynamic: str = "no", **kwargs: object) -> Outcome:
+    """The outcome of a recipe whose every product must be emulated, in one graph."""
+    o = check(recipe, SHAPES[dynamic], dynamic, **kwargs)
+    assert not o.bug, (o.kind, o.detail)
+    assert not o.report.refused, o.report
+    assert not o.dense
+    assert o.report.graphs == 1
+    assert Counter(o.ops) == expected_ops(recipe), o.report
+    assert [b.lifted for b in o.report.blocks] == [recipe.style in LIFTED] * len(o.report.blocks), o.report
+    return o
+
+
+def table() -> list[tuple[str, str, torch.dtype, str]]:
+    """(style, packings, dtype, dynamic): some styles with every packing, every style with every dtype and dynamic."""
+    names = [n for n in PACKINGS if n not in UNSERVED]
+    every = ("linear", "einsum", "batched_mm", "grouped_mm", "dense_bmm", "list_masked")
+    rows = []
+    for i, style in enumerate(STYLES):
+        weights = 2 if style in ("batched_mm", "grouped_mm") else 3
+        count = -(-len(names) // weights) if style in every else 6
+        for j in range(count):
+            start = weights * j if style in every else 5 * i + weights * j
+            chosen = [names[(start + w) % len(names)] for w in range(weights)]
+            if style in UNSERVED_TENSORS:
+                chosen = [n if not PACKINGS[n].tensor else "lookup" for n in chosen]
+            rows.append((style, ", ".join(chosen), DTYPES[j % 3], ("no", "tokens")[j // 3 % 2]))
+    return rows
+
+
+@pytest.mark.parametrize(("style", "packing", "dtype", "dynamic"), table())
+def test_style_with_spellings(style, packing, dtype, dynamic):
+    form = "separate" if packing.count(",") == 2 else "concatenated"
+    recipe = Recipe(style=style, packing=packing, form=form, dtype=dtype, experts=2 if style in LOOPS else 4)
+    if unsupported(recipe):
+        recipe = replace(recipe, dtype=torch.bfloat16)
+    emulated(recipe, dynamic)
+
+
+@pytest.mark.parametrize("packing", UNSERVED)
+def test_spelling_that_no_op_serves_is_named(packing):
+    o = check(Recipe(packing=packing))
+    assert (o.kind, o.report.matched) == ("refused", [])
+    assert UNSERVED[packing] in o.detail
+
+
+@pytest.mark.parametrize("style", ["linear", "einsum", "grouped_mm", "dense_einsum", "titan_padded", "list_masked"])
+def test_everything_dynamic(style):
+    emulated(Recipe(style=style, dtype=torch.bfloat16, experts=2), "all")
+
+
+FORMS = [
+    {"form": "interleaved", "activation": "clamped swiglu", "bias": True, "stored": "transposed"},
+    {"form": "plain", "activation": "relu squared", "shared": "plain"},
+    {"form": "separate", "activation": "gelu tanh", "stored": "columns", "shared": "gated"},
+    {"form": "concatenated", "activation": "gelu", "bias": True, "shared": "gated", "gather": "dequantised"},
+]
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("form", FORMS, ids=lambda f: f["form"])
+def test_forms_of_experts(style, form):
+    """Of packed tensors and spelled weights in turn, as each style takes both alike."""
+    recipe = Recipe(style=style, experts=2 if style in LOOPS else 4, **form)
+    if not unsupported(recipe):
+        emulated(recipe)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(activation):
+    for style in ("grouped_mm", "dense_bmm"):
+        emulated(Recipe(style=style, activation=activation, packing=TENSOR))
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("style", ["dense_bmm", "grouped_mm", "batched_mm", "titan"])
+def test_routings(style, routing):
+    top_k = 1 if routing in TOP_1 else 3
+    for mask in ("scatter", "one-hot", "comparison") if style == "dense_bmm" else ("scatter",):
+        emulated(Recipe(style=style, routing=routing, experts=6, top_k=top_k, mask=mask, packing=TENSOR))
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_tokens_of_a_batch(style):
+    """x [B, S, H], and shapes at which sizes are 1."""
+    packing = "lookup" if style in UNSERVED_TENSORS else TENSOR
+    recipe = Recipe(style=style, experts=2, packing=packing)
+    for shapes, dynamic in (([(2, 3)], "no"), ([(1,)], "no"), ([(2, 3), (3, 4)], "tokens")):
+        o = check(recipe, shapes, dynamic)
+        assert not o.bug, (o.kind, o.detail)
+        assert not o.report.refused, o.report
+
+
+@pytest.mark.parametrize("style", DATA_DEPENDENT)
+def test_graph_breaks_leave_numbers_right(style):
+    """Without the settings that capture data-dependent sizes: as many graphs as Dynamo makes, all of them emulated."""
+    o = check(Recipe(style=style, experts=3, packing=TENSOR), fullgraph=False, capture=False)
+    assert not o.bug, (o.kind, o.detail)
+    assert not o.report.refused, o.report
+
+
+@pytest.mark.parametrize("style", ["linear", "einsum", "grouped_mm", "dense_bmm", "list_masked"])
+@pytest.mark.parametrize("name", NEAR_MISSES)
+def test_near_misses_are_left_alone(style, name):
+    o = check(Recipe(style=style, packing=name, experts=2))
+    assert not o.bug, (o.kind, o.detail)
+    assert o.report.matched == []
+    assert not o.ops
+    assert NEAR_MISSES[name][1] in o.detail
+    assert len(o.report.refused) >= (4 if style == "list_masked" else 2)
+
+
+def test_half_supported_block_names_what_it_skips():
+    o = check(Recipe(style="grouped_mm", packing="lookup, NF4", shared="plain"))
+    assert o.kind == "refused"
+    assert Counter(o.ops) == Counter({"grouped": 1, "linear": 1})
+    assert len(o.report.refused) == 2
+    assert all("NF4" in r.reason for r in o.report.refused)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe(style="einsum", dtype=torch.bfloat16, bias=True),
+        Recipe(style="grouped_mm", packing="packed tensor W4A4 dynamic", shared="gated"),
+        Recipe(style="dense_bmm", form="interleaved", activation="clamped swiglu", bias=True, stored="transposed"),
+        Recipe(style="list_where", experts=2),
+    ],
+    ids=lambda r: r.style,
+)
+def test_generated_code(recipe):
+    """Through Inductor's code generation."""
+    emulated(recipe, "tokens", options={"codegen": True})
