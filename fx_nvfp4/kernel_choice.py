@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import torch
 
-from .kernels.config import INDEXED, gemm_config
+from .kernels.config import INDEXED, gemm_config, gradient_config, up_config
 from .report import Match
 
 _TILED = ("linear", "batched", "grouped")
@@ -22,11 +23,20 @@ def with_choice(match: Match) -> Match:
 def _choice(match: Match) -> str:
     if match.device != "cuda":
         return f"plain PyTorch on {match.device}" if match.device else ""
+    dtype = getattr(torch, match.dtype)
     if match.op in _TILED:
-        parameters = gemm_config(match.rows, getattr(torch, match.dtype)).meta()
+        text = _written(gemm_config(match.rows, dtype).meta())
     elif match.op == "indexed":
-        parameters = INDEXED.meta()
+        text = _written(INDEXED.meta())
+    elif match.op == "moe":
+        up, down = up_config(match.rows, dtype).meta(), gemm_config(match.rows, dtype).meta()
+        text = f"up {_written(up)}, down {_written(down)}"
+    elif match.op == "input_grad":
+        text = _written(gradient_config(match.rows).meta())
     else:
         return ""
-    text = " ".join(f"{name}={value}" for name, value in parameters.items())
     return f"Triton {match.op}: {text} (heuristic, not tuned)"
+
+
+def _written(parameters: Mapping[str, int]) -> str:
+    return " ".join(f"{name}={value}" for name, value in parameters.items())

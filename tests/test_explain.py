@@ -89,7 +89,7 @@ def test_layers_that_share_a_graph_are_all_listed():
     assert report.weights == weights(0, 1, 2)
     assert not report.refused
     assert {m.where for m in report.matched} == {f"layers.{i}.experts" for i in range(3)}
-    assert "layers.{0..2}.experts  3      indexed" in str(report)
+    assert "layers.{0..2}.experts  3      moe" in str(report)
     (found,) = report.breaks
     assert found.code == "if x.isnan().any():"
     assert found.file.endswith("test_explain.py")

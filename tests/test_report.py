@@ -7,7 +7,10 @@ from torch import nn
 
 import fx_nvfp4
 from fx_nvfp4 import NVFP4Weight
-from fx_nvfp4.report import Match, Refusal, Report, module_path
+from fx_nvfp4.kernel_choice import with_choice
+from fx_nvfp4.report import Block as MoEBlock
+from fx_nvfp4.report import Cost, GraphBreak, Match, Refusal, Report, module_path
+from fx_nvfp4.report_table import names
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +57,7 @@ def test_a_spelled_dequantisation_names_its_formula_and_codes():
     with torch.no_grad():
         report = fx_nvfp4.explain(SpelledMoE("grouped", torch.bfloat16), tokens(5, torch.bfloat16))
     up, down = report.matched
-    assert (up.op, up.weight, down.weight) == ("grouped", "up_qdata", "down_qdata")
+    assert (up.op, up.weight, down.weight) == ("moe", "up_qdata", "down_qdata")
     assert up.where.startswith("(model) spelled_models.py:")
     assert up.source.startswith("bf16(")
 
@@ -90,10 +93,122 @@ def test_the_table_has_a_line_for_each_site():
     assert lines[4:] == ["refused: a.c (mm): block of 32. use blocks of 16", "note: a.b: a hint", "note: a note"]
 
 
+def match(where, op="grouped", **more):
+    return Match(where, f"{where}.w", op, 8, 64, 32, "s0 x 32", "bfloat16", "W4A16", "packed tensor", **more)
+
+
+def test_equal_sites_of_repeated_layers_share_a_line():
+    sites = [(f"model.layers.{i}.mlp.experts", op) for i in range(48) for op in ("grouped", "indexed")]
+    report = Report([match(where, op) for where, op in sites], graphs=1)
+    _, header, _, *rows = str(report).splitlines()
+    assert header.split()[:3] == ["module", "sites", "op"]
+    assert [row.split()[:3] for row in rows] == [
+        ["model.layers.{0..47}.mlp.experts", "48", "grouped"],
+        ["model.layers.{0..47}.mlp.experts", "48", "indexed"],
+    ]
+    full = report.table(full=True).splitlines()
+    assert len(full) == 3 + len(sites)
+    assert "model.layers.17.mlp.experts.w" in full[3 + 2 * 17]
+
+
+def test_refusals_blocks_and_notes_of_repeated_layers_share_a_line_too():
+    where = [f"layers.{i}" for i in range(4)]
+    report = Report(
+        [match(w, notes=("swap at load",)) for w in where],
+        [Refusal(w, f"mm_{i}", "why", "do") for i, w in enumerate(where)] + [Refusal("head", "mm_9", "why", "do")],
+        [MoEBlock(w, True, 8, 2, "silu(g) * u", "grouped") for w in where[:3]]
+        + [MoEBlock(where[3], False, reason="a")],
+    )
+    lines = str(report).splitlines()
+    assert lines[0] == "nvfp4_emu: 4 NVFP4 products in 0 graphs, 3 MoE blocks lifted, 5 refused"
+    assert lines[4:] == [
+        "refused: layers.{0..3} (mm_0, ... 4 sites): why. do",
+        "refused: head (mm_9): why. do",
+        "block: layers.{0..2}: top 2 of 8 experts, silu(g) * u, from grouped products",
+        "not lifted: layers.3: a",
+        "note: layers.{0..3}: swap at load",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("paths", "written"),
+    [
+        (["a.0.b", "a.1.b"], ["a.{0..1}.b"]),
+        (["a.0.b", "a.2.b", "a.4.b"], ["a.{0..4..2}.b"]),  # every second layer, as in Llama 4
+        (["a.0.b", "a.1.b", "a.5.b"], ["a.{0,1,5}.b"]),
+        (["a.3.b", "a.3.b"], ["a.3.b"]),
+        ([f"l.{i}.e.{j}" for i in range(3) for j in range(4)], ["l.{0..2}.e.{0..3}"]),
+        (["l.0.e.0", "l.0.e.1", "l.1.e.0"], ["l.0.e.{0..1}", "l.1.e.0"]),  # no product of sets: nothing invented
+        (["a.b", "a.c"], ["a.b", "a.c"]),
+        (["(model) file.py:57", "(model) file.py:58"], ["(model) file.py:57", "(model) file.py:58"]),
+        ([], []),
+    ],
+)
+def test_paths_that_differ_in_numbers_are_written_as_one(paths, written):
+    assert names(paths) == written
+
+
+def test_a_graph_break_says_what_it_hides():
+    hidden = tuple(f"layers.{i}.experts.{w}" for i in range(9) for w in "abcdef")
+    report = Report(breaks=[GraphBreak("moe.py", 7, "if x.any():", "Data-dependent branching", ("use where",), hidden)])
+    line, hint = str(report).splitlines()[1:]
+    assert line.startswith(
+        "graph break: moe.py:7 `if x.any():`: Data-dependent branching; it hides layers.{0..8}.experts.a,"
+    )
+    assert line.endswith("and 2 more")
+    assert hint == "  hint: use where"
+
+
 def test_a_report_survives_json():
-    match = Match("a.b", "w", "linear", 0, 64, 32, "5 x 32", "float32", "W4A16", "f32(v * s)", ("hint",))
-    report = Report([match], [Refusal("a", "mm", "why")], notes=["note"], graphs=2)
+    report = Report(
+        [match("a.b", notes=("hint",), rows=4, device="cuda", config="BLOCK_M=16", milliseconds=0.5)],
+        [Refusal("a", "mm", "why")],
+        [MoEBlock("a", True, 8, 2, "silu(g) * u", "grouped", weights=("a.up", "a.down"))],
+        notes=["note"],
+        graphs=2,
+        breaks=[GraphBreak("a.py", 3, "f()", "why", ("hint",), ("a.w",))],
+        cost=Cost({"recognise": 0.25, "verify": 0.5}, 7.5),
+    )
     assert Report.from_json(report.to_json()) == report
+
+
+def test_a_report_of_another_schema_is_not_read():
+    raw = {**Report().to_dict(), "schema": 99}
+    with pytest.raises(ValueError, match="a report of schema 99: this fx_nvfp4 reads schema 1"):
+        Report.from_dict(raw)
+
+
+def test_the_cost_is_that_of_all_graphs_by_stage_and_weight():
+    report = Report([match("a"), match("b")], cost=Cost({"recognise": 0.5}, 8.0))
+    report.extend(Report([match("a")], cost=Cost({"recognise": 0.25, "lift": 0.25}, 2.0)))
+    assert (report.seconds, report.cost.stages, len(report.weights)) == (1.0, {"recognise": 0.75, "lift": 0.25}, 2)
+    last = str(report).splitlines()[-1]
+    assert last == "pass: 1.00 s (recognise 0.75, lift 0.25), 10.0% of 10.0 s in the backend; 0.500 s a weight"
+
+
+def test_explaining_measures_every_stage():
+    with torch.no_grad():
+        report = fx_nvfp4.explain(SpelledMoE("grouped", torch.bfloat16), tokens(5, torch.bfloat16))
+    assert {"recognise", "rewrite", "verify"} <= report.cost.stages.keys()
+    assert report.cost.stages["recognise"] > 0
+
+
+@pytest.mark.parametrize(
+    ("op", "device", "rows", "text"),
+    [
+        ("grouped", "cuda", 4, "Triton grouped: BLOCK_M=16 BLOCK_N=64 BLOCK_K=128"),
+        ("grouped", "cuda", 500, "Triton grouped: BLOCK_M=64 BLOCK_N=64 BLOCK_K=128"),
+        ("indexed", "cuda", 4, "Triton indexed: "),
+        ("moe", "cuda", 4, "Triton moe: up BLOCK_M=16"),
+        ("grouped", "cpu", 4, "plain PyTorch on cpu"),
+    ],
+)
+def test_a_site_names_its_kernel_and_that_nothing_was_tuned(op, device, rows, text):
+    chosen = with_choice(match("a", op, rows=rows, device=device))
+    assert chosen.config.startswith(text)
+    assert ("heuristic, not tuned" in chosen.config) == (device == "cuda")
+    assert chosen.milliseconds is None
+    assert with_choice(chosen) == chosen
 
 
 @pytest.mark.parametrize(
@@ -101,6 +216,7 @@ def test_a_report_survives_json():
     [
         ("L['self'].model.layers[0].mlp.experts", "model.layers.0.mlp.experts"),
         ("L['self']._modules['experts']._parameters['w']", "experts.w"),
+        ("L['self'].layers[1]._orig_mod.experts", "layers.1.experts"),
         ("L['self']", "(model)"),
         ("G['table']", "table"),
     ],
