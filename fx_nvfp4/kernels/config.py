@@ -50,12 +50,11 @@ def up_config(rows: int, dtype: torch.dtype, hip: bool | None = None) -> GemmCon
     if hip is None:
         hip = torch.version.hip is not None
     config = gemm_config(rows, dtype, hip)
-    if not hip:
-        return config
-    # The tiles of gemm_config spill registers here, where masks take two for each comparison.
     if dtype == torch.float32:
-        return replace(config, block_m=16)
-    return replace(config, block_n=32) if config.block_m == 32 else config
+        # On AMD the larger tile spills registers, of which masks take two for each comparison.
+        return replace(config, block_m=16) if hip else config
+    # Low tiles read few weights each, so more of them run at once; on AMD those of 32 rows spill too.
+    return replace(config, block_n=32) if config.block_m <= (32 if hip else 16) else config
 
 
 def gradient_config(rows: int, hip: bool | None = None) -> GemmConfig:

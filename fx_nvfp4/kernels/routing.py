@@ -80,7 +80,7 @@ def sort_slots(ids: Tensor, experts: int) -> tuple[Tensor, Tensor]:
         if blocks > 1:
             before, total = order.new_empty(blocks, experts), order.new_empty(experts)
             steps = min(ROUTING_BLOCKS_PER_STEP, triton.next_power_of_2(blocks))
-            count_kernel[(experts,)](ids, before, total, slots, experts, BLOCK=ROUTING_BLOCK, BLOCKS=steps)
+            count_kernel[(experts,)](ids, before, total, slots, experts, BLOCK=ROUTING_BLOCK, BLOCKS=steps, num_warps=8)
         place_kernel[(blocks,)](
             ids, before, total, order, offs, slots, experts, BLOCK=ROUTING_BLOCK, GROUPS=ROUTING_GROUPS
         )
