@@ -30,6 +30,11 @@ def _refuse(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     raise unsupported(func, packed, _ADVICE[func])
 
 
+@implements([aten.detach.default, aten.alias.default, aten.clone.default])
+def _of_parts(func: Any, types: Any, args: Any, kwargs: Any) -> NVFP4Weight:
+    return args[0]._apply_fn_to_data(lambda t: func(t, *args[1:], **kwargs))
+
+
 @implements([aten._to_copy.default])
 def _to_copy(func: Any, types: Any, args: Any, kwargs: Any) -> NVFP4Weight:
     w = args[0]

@@ -53,12 +53,15 @@ def swizzled_weights(tensors: Sequence[Any]) -> int:
 
 
 @torch.compiler.disable  # where a graph breaks, Dynamo would trace this frame by itself
-def __torch_dispatch__(cls: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-    """In the place of NVFP4Tensor.__torch_dispatch__."""
+def __torch_dispatch__(cls: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: N807
+    """In the place of NVFP4Tensor.__torch_dispatch__; disabling knows it by that name."""
     kwargs = kwargs or {}
     can = _TORCHAO_CAN.get(func)
     if func in cls._ATEN_OP_TABLE.get(cls, {}) and (can is None or can(func, *args, **kwargs)):
-        return _torchao_dispatch(cls, func, types, args, kwargs)
+        result = _torchao_dispatch(cls, func, types, args, kwargs)
+        # Not marked as an alias of its base: a compiled graph that returns it would ask for it by strides.
+        fresh = _emulated.get() and isinstance(result, NVFP4Tensor) and all(result is not a for a in args)
+        return result._apply_fn_to_data(lambda t: t) if fresh else result
     args, kwargs = tree_map_only(NVFP4Tensor, from_torchao, (args, kwargs))
     return func(*args, **kwargs)
 

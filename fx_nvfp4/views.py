@@ -2,6 +2,9 @@
 
 einsum, matmul and models permute, merge, split, repeat and choose before they multiply. K is never split, but for
 slices of whole blocks; rows may be sliced with any step, split into groups, or gathered. Experts are chosen lazily.
+
+No view is marked as an alias of its base, whose storage holds nothing: a compiled graph that returns one would ask
+for it by strides.
 """
 
 from __future__ import annotations
@@ -12,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import return_and_correct_aliasing
 from torchao.utils import fill_defaults
 
 from .format import BLOCK
@@ -22,11 +24,6 @@ from .tensor import NVFP4Weight, unsupported
 
 aten = torch.ops.aten
 implements = NVFP4Weight.implements
-
-
-def _view(func: Any, args: Any, kwargs: Any, view: NVFP4Weight) -> NVFP4Weight:
-    """view, marked as an alias of its base; inference tensors carry no such mark."""
-    return view if torch.is_inference_mode_enabled() else return_and_correct_aliasing(func, args, kwargs, view)
 
 
 # The same numbers in other dims
@@ -41,14 +38,14 @@ def _permute(func: Any, types: Any, args: Any, kwargs: Any) -> NVFP4Weight:
     elif w.dim() > 1:
         a, b = (d % w.dim() for d in args[1:3]) if func is aten.transpose.int else (0, 1)
         order[a], order[b] = b, a
-    return _view(func, args, kwargs, w.show([w.dims[d] for d in order]))
+    return w.show([w.dims[d] for d in order])
 
 
 @implements([aten.unsqueeze.default])
 def _unsqueeze(func: Any, types: Any, args: Any, kwargs: Any) -> NVFP4Weight:
     w, dim = args
     at = dim % (w.dim() + 1)
-    return _view(func, args, kwargs, w.show([*w.dims[:at], (), *w.dims[at:]]))
+    return w.show([*w.dims[:at], (), *w.dims[at:]])
 
 
 @implements([aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims])
@@ -56,12 +53,12 @@ def _squeeze(func: Any, types: Any, args: Any, kwargs: Any) -> NVFP4Weight:
     w, given = fill_defaults(args, 2, [range(args[0].dim())])
     asked = {d % w.dim() for d in ([given] if isinstance(given, int) else given)}
     kept = [merged for d, merged in enumerate(w.dims) if d not in asked or w.shape[d] != 1]
-    return _view(func, args, kwargs, w.show(kept))
+    return w.show(kept)
 
 
 @implements([aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten._reshape_alias.default])
 def _reshape(func: Any, types: Any, args: Any, kwargs: Any) -> NVFP4Weight:
-    return _view(func, args, kwargs, regroup(func, *args[:2]))
+    return regroup(func, *args[:2])
 
 
 @implements([aten.expand.default])
@@ -76,13 +73,13 @@ def _expand(func: Any, types: Any, args: Any, kwargs: Any) -> NVFP4Weight:
     if any(shape[d] != 1 or shown[d] for d, _ in repeats):
         raise unsupported(func, w, f"expanded to {list(asked)}, which repeats dims that hold something")
     if not repeats:
-        return _view(func, args, kwargs, w.show(shown))
+        return w.show(shown)
     count = len(repeats)
     dims = [tuple(a + count for a in merged) for merged in shown]
     for i, (d, _) in enumerate(repeats):
         dims[d] = (i,)
     ids = w.ids().expand(*(size for _, size in repeats), *w.lead)
-    return _view(func, args, kwargs, _as_experts(w).show(dims, expert_ids=ids))
+    return _as_experts(w).show(dims, expert_ids=ids)
 
 
 # Experts
@@ -147,16 +144,16 @@ def _select(func: Any, types: Any, args: Any, kwargs: Any) -> NVFP4Weight:
     dim %= w.dim()
     kept = [merged for d, merged in enumerate(w.dims) if d != dim]
     if not w.dims[dim]:
-        return _view(func, args, kwargs, w.show(kept))
+        return w.show(kept)
     a = _single(func, w, dim)
     if a == len(w.lead) + 1:
         raise unsupported(func, w, "one element of K selected; only experts and rows can be")
     if a == len(w.lead):
         row = index + w.sizes[a] if index < 0 else index
         one = map_parts(w, lambda t: t.narrow(w.qdata.dim() - 2, row, 1), kept, w.act_scale)
-        return _view(func, args, kwargs, one)
+        return one
     dims = [tuple(b - (b > a) for b in merged) for merged in kept]
-    return _view(func, args, kwargs, of_lead(w, dims, lambda t: t.select(a, index)))
+    return of_lead(w, dims, lambda t: t.select(a, index))
 
 
 @implements([aten.unbind.int])
@@ -173,7 +170,7 @@ def _slice(func: Any, types: Any, args: Any, kwargs: Any) -> NVFP4Weight:
     w, dim, start, end, step = fill_defaults(args, 5, [0, None, None, 1])
     dim %= w.dim()
     if start in (None, 0) and (end is None or end >= w.shape[dim]) and step == 1:
-        return _view(func, args, kwargs, w.show(w.dims))
+        return w.show(w.dims)
     a = _single(func, w, dim)
     if a == len(w.lead) + 1:
         cut = _slice_blocks(func, w, start, end, step)
@@ -182,7 +179,7 @@ def _slice(func: Any, types: Any, args: Any, kwargs: Any) -> NVFP4Weight:
         cut = map_parts(w, lambda t: aten.slice.Tensor(t, rows, start, end, step), w.dims, w.act_scale)
     else:
         cut = of_lead(w, w.dims, lambda t: aten.slice.Tensor(t, a, start, end, step))
-    return _view(func, args, kwargs, cut)
+    return cut
 
 
 def _slice_blocks(func: Any, w: NVFP4Weight, start: int | None, end: int | None, step: int) -> NVFP4Weight:
