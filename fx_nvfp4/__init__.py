@@ -7,6 +7,7 @@ from . import activation, dispatch, format, moe, ops
 from .backend import nvfp4_emu
 from .checkpoint import CheckpointError, load
 from .explain import explain
+from .prepare import prepare
 from .report import NotEmulatedError, NVFP4Warning, Report
 from .serialize import load_file, save_file
 from .tensor import NVFP4Weight
@@ -27,5 +28,6 @@ __all__ = [
     "moe",
     "nvfp4_emu",
     "ops",
+    "prepare",
     "save_file",
 ]

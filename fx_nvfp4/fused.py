@@ -54,6 +54,8 @@ class FusedExperts(nn.Module):
                 f"and biases of {sorted(biases)}"
             )
         parse(activation)
+        self.down_proj: NVFP4Weight
+        self.down_proj_bias: Tensor | None
         self.activation, self.layout, self.weighted = activation, layout, weighted
         for name in names:
             self.register_parameter(name, nn.Parameter(weights[name], requires_grad=False))
@@ -66,12 +68,15 @@ class FusedExperts(nn.Module):
         return self.down_proj.shape[0]
 
     def extra_repr(self) -> str:
-        (e, h, i), k = self.down_proj.shape, getattr(self, UP_NAMES[self.layout][0]).shape[-1]
+        (e, h, i), k = self.down_proj.shape, self._up()[0].shape[-1]
         return f"{e} experts, {k} -> {i} -> {h}, {self.activation}, {self.layout}, {self.down_proj.describe()}"
+
+    def _up(self) -> list[NVFP4Weight]:
+        return [getattr(self, name) for name in UP_NAMES[self.layout]]
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """x [T, K], ids [T, A] (a slot whose id is outside 0..E-1 adds nothing), weights [T, A] -> [T, H]."""
-        up = [getattr(self, name) for name in UP_NAMES[self.layout]]
+        up = self._up()
         bias = [getattr(self, name + BIAS) for name in UP_NAMES[self.layout]]
         down = self.down_proj
         static = up[0].act_scale is not None

@@ -8,7 +8,7 @@ import warnings
 from torch import nn
 
 from .checkpoints.skeleton import use_traceable_experts
-from .preparation.candidates import check_list, find_lists
+from .preparation.candidates import check_list, count_owners, find_lists
 from .preparation.convert import convert_torchao
 from .preparation.fuse import Memo, fuse
 from .preparation.record import LeftAlone, Preparation, Unsuited
@@ -42,10 +42,10 @@ def prepare(model: nn.Module) -> nn.Module:
     record = Preparation()
     record.switched = use_traceable_experts(model)
     record.converted = convert_torchao(model)
-    memo = Memo()
+    memo, owners = Memo(), count_owners(model)
     for path, container in find_lists(model):
         try:
-            record.fused.append(fuse(model, check_list(model, path, container), memo))
+            record.fused.append(fuse(model, check_list(path, container, owners), memo))
         except Unsuited as unsuited:
             record.left_alone.append(LeftAlone(path, unsuited.reason, unsuited.advice))
     model.nvfp4_preparation = record  # type: ignore[assignment]

@@ -89,7 +89,8 @@ def _routing_source(unit: Unit) -> Node | None:
             break
         user = next(iter(node.users))
         beside += [n for n in user.all_input_nodes if n is not node]
-        if user.target in (aten.add.Tensor, aten.index_add.default, aten.index_put.default):
+        bias = user.target is aten.add.Tensor and any(elements(n) < elements(node) for n in user.all_input_nodes)
+        if user.target in (aten.add.Tensor, aten.index_add.default, aten.index_put.default) and not bias:
             break
         node = user
     for up in unit.ups:

@@ -15,7 +15,7 @@ ALLOWED = {
     "activation": set(),
     "reference": {"format"},
     "kernels": {"kernels"},
-    "gpu": {"block", "format", "kernels", "reference"},
+    "gpu": {"activation", "block", "format", "kernels", "reference"},
     "ops": {"format", "reference", "gpu"},
     "block": {"activation", "reference"},
     "block_grad": {"block", "ops"},

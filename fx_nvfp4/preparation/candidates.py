@@ -50,7 +50,13 @@ def _packed(module: nn.Module) -> list[str]:
     return [n for n, t in tensors if isinstance(t, NVFP4Weight) or (t.dtype in _CODES and t.dim() > 1)]
 
 
-def check_list(model: nn.Module, path: str, container: nn.Module) -> ExpertList:
+def count_owners(model: nn.Module) -> Counter[int]:
+    """How many parameters and buffers use each memory."""
+    tensors = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    return Counter(_storage(tensor) for _, tensor in tensors)
+
+
+def check_list(path: str, container: nn.Module, owners: Counter[int]) -> ExpertList:
     """The list, if its experts can be stacked.
 
     Raises:
@@ -66,7 +72,7 @@ def check_list(model: nn.Module, path: str, container: nn.Module) -> ExpertList:
     for name, expert in zip(container._modules, experts, strict=True):
         _check_expert(name, expert)
     _check_alike(container, experts)
-    _check_owned(model, experts)
+    _check_owned(experts, owners)
     return ExpertList(path, container, experts)
 
 
@@ -97,24 +103,17 @@ def _check_alike(container: nn.Module, experts: list[nn.Module]) -> None:
     for name, expert in zip(container._modules, experts, strict=True):
         other = structure(expert)
         if other != first:
-            differing = next((f"{a} there, {b} here" for a, b in zip(first, other, strict=False) if a != b), "more parts")
+            pairs = (f"{a} there, {b} here" for a, b in zip(first, other, strict=False) if a != b)
+            differing = next(pairs, "it has other parts")
             raise Unsuited(f"expert {name} differs from the first: {differing}", "experts must be alike to be stacked")
 
 
-def _check_owned(model: nn.Module, experts: list[nn.Module]) -> None:
+def _check_owned(experts: list[nn.Module], owners: Counter[int]) -> None:
     """No tensor with codes may be used in a second place."""
-    owners: Counter[int] = Counter()
-    for tensor in _tensors(model):
-        owners[_storage(tensor)] += 1
     for e, expert in enumerate(experts):
         shared = [n for n in _packed(expert) if owners[_storage(_get(expert, n))] > 1]
         if shared:
             raise Unsuited(f"expert {e} shares {_some(shared)} with another module", "untie the weights")
-
-
-def _tensors(model: nn.Module) -> Iterator[Tensor]:
-    yield from (p for _, p in model.named_parameters(remove_duplicate=False))
-    yield from (b for _, b in model.named_buffers(remove_duplicate=False))
 
 
 def _storage(tensor: Tensor) -> int:

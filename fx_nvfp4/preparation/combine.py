@@ -62,9 +62,7 @@ def find_combines(module: nn.Module, experts: list[nn.Module], x: Tensor, hidden
     slots = [(call.expert, row) for call in silent.calls for row in range(len(call.rows))]
     nodes = [n for n in _cuts(silent) if _could_be_sum(n, len(token_of_rows(tokens)), hidden)]
     if not nodes:
-        raise Unsuited(
-            "the experts' results reach the output in more than one way", "add them up before anything else"
-        )
+        raise Unsuited("the experts' results reach the output in more than one way", "add them up before anything else")
     values = _responses(module, experts, x, silent, nodes, len(slots), hidden)
     expert_of = torch.tensor([e for e, _ in slots])
     for node in nodes:
@@ -105,6 +103,8 @@ def _match_rows(recording: Recording, x: Tensor) -> tuple[Tensor, Tensor | None,
         and n.meta["value"].shape[-1:] == rows.shape[-1:]
         and token_of_rows(n).shape[0] == count
     ]
+    # Those that are rows already come first.
+    candidates.sort(key=lambda n: n.meta["value"].dim() != 2)
     for node in candidates:
         known = token_of_rows(node)
         if known.dtype != rows.dtype:

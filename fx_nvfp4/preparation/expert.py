@@ -17,10 +17,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..passes.emulate import emulate
 from ..tensor import NVFP4Weight
-from .middle import Middle, find_middle
+from .middle import Middle, chosen, find_middle
 from .record import Unsuited
 
 _ROWS = 6  # of the example input; experts treat rows alike
+_SAME_MEMORY = (torch.ops.aten.view.dtype, torch.ops.aten.alias.default, torch.ops.aten.detach.default)
 PARTS = ("qdata", "block_scale", "global_scale", "act_scale", "bias")
 
 
@@ -41,13 +42,11 @@ class Product:
     Attributes:
         features: (K, N).
         activations, dialect: how its input is quantised.
-        parts: which of PARTS it has.
     """
 
     features: tuple[int, int]
     activations: str
     dialect: str
-    parts: tuple[str, ...]
 
 
 class ExpertPlan:
@@ -63,12 +62,12 @@ class ExpertPlan:
         leaves = list(leaves_of(expert))
         width = _width(expert)
         device = leaves[0].get().device
-        self._module = _trace(expert, leaves, torch.randn(_ROWS, width, dtype=dtype, device=device))
+        self._module = _trace(expert, leaves, torch.zeros(_ROWS, width, dtype=dtype, device=device))
         self.graph = self._module.graph
         middle = find_middle(self.graph)
         self.activation, self.layout = middle.activation, middle.layout
         self._nodes = list(_part_nodes(middle))
-        self.products = [_product(parts) for parts in self._nodes]
+        self.products = [_product(op) for op in (*middle.up, middle.down)]
         self.in_features, self.out_features = self.products[0].features[0], self.products[-1].features[1]
         if len({p.dialect for p in self.products if p.activations != "none"}) > 1:
             raise Unsuited("its products round activations by different rules", "use one dialect in all of them")
@@ -124,19 +123,24 @@ def _width(expert: nn.Module) -> int:
 
 
 def _trace(expert: nn.Module, leaves: list[Leaf], x: Tensor) -> fx.GraphModule:
-    """The expert's forward as a graph over its leaves and x, products with packed weights as NVFP4 ops."""
+    """Two experts alike as a graph over the leaves of each, x and logits; packed products as NVFP4 ops."""
     values = [leaf.get() for leaf in leaves]
+    names = [leaf.name for leaf in leaves]
 
     def call(*arguments: Tensor) -> Tensor:
-        *parts, rows = arguments
-        tensors = _reassembled(expert, dict(zip((leaf.name for leaf in leaves), parts, strict=True)))
-        return torch.func.functional_call(expert, tensors, (rows,))
+        *parts, rows, logits = arguments
+        own = [dict(zip(names, half, strict=True)) for half in (parts[: len(names)], parts[len(names) :])]
+        return chosen(
+            lambda e, rows: torch.func.functional_call(expert, _reassembled(expert, own[e]), (rows,)), rows, logits
+        )
 
+    # Tensors of their own, as tracing takes equal ones for one.
+    arguments = *values, *(v.clone() for v in values), x, x.new_zeros(len(x), 2)
     try:
         with torch.no_grad():
-            inlined = make_fx(call, tracing_mode="fake")(*values, x)
+            inlined = make_fx(call, tracing_mode="fake")(*arguments)
             # A second time without in-place operations; the packed class is gone by now.
-            graph_module = make_fx(torch.func.functionalize(inlined), tracing_mode="fake")(*values, x)
+            graph_module = make_fx(torch.func.functionalize(inlined), tracing_mode="fake")(*arguments)
     except Exception as error:  # whatever the expert's own code raises
         raise Unsuited(
             f"the forward of its experts cannot be traced: {type(error).__name__}: {error}",
@@ -144,9 +148,8 @@ def _trace(expert: nn.Module, leaves: list[Leaf], x: Tensor) -> fx.GraphModule:
         ) from error
     graph = graph_module.graph
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-    constants = {n: v for n, v in zip(placeholders, values, strict=False) if _is_table(v)}
-    names = {n: leaf.name for n, leaf in zip(placeholders, leaves, strict=False)}
-    report, _ = emulate(graph, constants, names, lift=False)
+    constants = {n: v for n, v in zip(placeholders, (*values, *values), strict=False) if _is_table(v)}
+    report, _ = emulate(graph, constants, dict(zip(placeholders, (*names, *names), strict=False)), lift=False)
     if report.refused:
         raise Unsuited(f"in its experts, {report.refused[0]}")
     return graph_module
@@ -170,24 +173,26 @@ def _reassembled(expert: nn.Module, parts: dict[str, Tensor]) -> dict[str, Tenso
 
 def _part_nodes(middle: Middle) -> Iterator[dict[str, Node]]:
     for node, bias in zip((*middle.up, middle.down), (*middle.up_bias, middle.down_bias), strict=True):
-        given = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False))  # type: ignore[union-attr]
-        given.update(node.kwargs)
-        parts = {name: given.get(name) for name in PARTS[:-1]}
+        parts = {name: given for name, given in _arguments(node).items() if name in PARTS}
         parts["bias"] = bias
         yield {name: part for name, part in parts.items() if isinstance(part, Node)}
 
 
-def _product(parts: dict[str, Node]) -> Product:
-    op = next(user for user in parts["qdata"].users if user.target is torch.ops.fx_nvfp4.linear.default)
-    given = dict(zip((a.name for a in op.target._schema.arguments), op.args, strict=False))  # type: ignore[union-attr]
-    given.update(op.kwargs)
-    n, packed_k = parts["qdata"].meta["val"].shape
-    return Product((packed_k * 2, n), given.get("activations", "none"), given.get("dialect", "hardware"), tuple(parts))
+def _product(op: Node) -> Product:
+    given = _arguments(op)
+    n, packed_k = given["qdata"].meta["val"].shape
+    return Product((packed_k * 2, n), given.get("activations", "none"), given.get("dialect", "hardware"))
+
+
+def _arguments(op: Node) -> dict[str, Any]:
+    """Arguments of an op by their names."""
+    schema = op.target._schema  # type: ignore[union-attr]
+    return {**dict(zip((a.name for a in schema.arguments), op.args, strict=False)), **op.kwargs}
 
 
 def _unviewed(node: Node) -> Node:
     """The graph input of which a part is another dtype's view."""
-    while node.op == "call_function" and node.target in (torch.ops.aten.view.dtype, torch.ops.aten.alias.default):
+    while node.op == "call_function" and node.target in _SAME_MEMORY:
         node = node.all_input_nodes[0]
     return node
 

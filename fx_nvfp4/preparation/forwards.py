@@ -8,11 +8,13 @@ import linecache
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
+
+from .record import Unsuited
 
 Variant = tuple[bool, int]  # (training, dims of the input)
 _serial = itertools.count()
+_classes: dict[tuple[type[nn.Module], tuple[tuple[Variant, str], ...]], type[nn.Module]] = {}
 
 
 class Prepared:
@@ -38,19 +40,22 @@ class Prepared:
 
 
 def source_of(graph: fx.Graph) -> str:
-    """The graph as the text of ``def forward(self, x)``."""
+    """The graph as the text of ``def forward(self, x)``; raises `Unsuited` where no text says it."""
     code = graph.python_code("self")
-    if not set(code.globals) <= set(_namespace()):
-        raise ValueError(f"globals {sorted(set(code.globals) - set(_namespace()))} cannot be written as text")
+    foreign = set(code.globals) - set(_namespace())
+    if foreign:
+        raise Unsuited(f"its forward calls {', '.join(sorted(foreign))}, which no text names")
     return code.src.strip() + "\n"
 
 
 def prepared_class(base: type[nn.Module], sources: tuple[tuple[Variant, str], ...]) -> type[nn.Module]:
     """base with these forwards; equal arguments give the same class, so that equal layers share code."""
-    return _prepared_class(base, sources)
+    key = base, sources
+    if key not in _classes:
+        _classes[key] = _prepared_class(base, sources)
+    return _classes[key]
 
 
-@functools.cache
 def _prepared_class(base: type[nn.Module], sources: tuple[tuple[Variant, str], ...]) -> type[nn.Module]:
     variants = {variant: _function(base, text) for variant, text in sources}
     names = {"_variants": variants, "_sources": sources, "__module__": base.__module__, "__doc__": base.__doc__}

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from ..fused import BIAS, DOWN_NAME, UP_NAMES, FusedExperts
+from ..report import ROOT
 from .candidates import ExpertList, find_parents, structure
 from .combine import find_combines
 from .expert import ExpertPlan, leaves_of
 from .forwards import Variant, prepared_class, source_of
 from .rebuild import Found, rebuild
 from .record import FusedList, Unsuited, join, replace_module
+from .recorder import untouched
 from .routing import find_routing
 from .stack import Stack
 from .verify import check_expert, check_real, check_synthetic, real_outputs
@@ -59,7 +61,8 @@ def fuse(model: nn.Module, found: ExpertList, memo: Memo) -> FusedList:
             reasons.append(reason)
     if reasons:
         raise reasons[0]
-    raise Unsuited("no module around it takes hidden states alone", "give the owner of the list a forward(hidden_states)")
+    advice = "give the owner of the list a forward(hidden_states)"
+    raise Unsuited("no module around it takes hidden states alone", advice)
 
 
 def _plan(found: ExpertList, memo: Memo) -> ExpertPlan:
@@ -80,37 +83,48 @@ def _fuse_in(
     model: nn.Module, parent_path: str, parent: nn.Module, found: ExpertList, plan: ExpertPlan, memo: Memo
 ) -> FusedList:
     path = found.path[len(parent_path) + 1 :] if parent_path else found.path
-    forwards = _forwards(parent, path, found, plan, memo)
-    dtype = _dtype(found.experts[0])
-    rank = forwards.sources[0][0][1]
-    inputs = [_random(shape, forwards.width, found, dtype) for shape in (_RECORDED[rank][0], _CHECKED[rank][0])]
-    training = parent.training
-    if (training, rank) not in dict(forwards.sources):
-        raise Unsuited(f"its forward cannot be followed in {'training' if training else 'eval'} mode")
-    expected = real_outputs(parent, inputs)
-    probe = _random((2,), plan.in_features, found, dtype)
-    sampled = sorted({*range(0, len(found.experts), max(1, len(found.experts) // _SAMPLED)), len(found.experts) - 1})
-    alone = [real_outputs(found.experts[e], [probe]) for e in sampled]
-    stack = Stack(plan, found.experts)
-    fused = stack.module(dtype, "output")
-    fused.weighted = forwards.weighted
-    fused.train(training)
-    original = type(parent)
+    with untouched(parent, found.experts):
+        forwards = _forwards(parent, path, found, plan, memo)
+        fused, names = _exchange(parent, path, found, plan, forwards)
+    replace_module(parent, path, fused)
+    parent.__class__ = prepared_class(type(parent), forwards.sources)
+    where = parent_path or ROOT
+    return FusedList(found.path, where, len(found.experts), forwards.top_k, plan.activation, names)
+
+
+def _exchange(
+    parent: nn.Module, path: str, found: ExpertList, plan: ExpertPlan, forwards: Forwards
+) -> tuple[FusedExperts, dict[str, tuple[str, ...]]]:
+    """Move the experts' weights into a fused module, which is then compared with what they gave.
+
+    Returns:
+        The module, and its parameters' names before.
+
+    Raises:
+        Unsuited: it gives something else; the weights are back in their places.
+    """
+    dtype, rank = _dtype(found.experts[0]), forwards.sources[0][0][1]
+    inputs = [_random(shape, forwards.width, found) for shape in (_RECORDED[rank][0], _CHECKED[rank][0])]
+    probe = _random((2,), plan.in_features, found)
+    sampled = {*range(0, len(found.experts), max(1, len(found.experts) // _SAMPLED)), len(found.experts) - 1}
+    alone = {e: real_outputs(found.experts[e], [probe]) for e in sampled}
+    together = real_outputs(parent, inputs)
     quantized = any(p.activations != "none" for p in plan.products)
+    names = _names(found, plan)
+    stack = Stack(plan, found.experts)
     try:
-        for e, outputs in zip(sampled, alone, strict=True):
+        fused = stack.module(dtype, forwards.weighted).train(parent.training)
+        for e, outputs in alone.items():
             check_expert(fused, e, probe, outputs, quantized)
+        run = prepared_class(type(parent), forwards.sources)._variants[parent.training, rank]  # type: ignore[attr-defined]
         replace_module(parent, path, fused)
-        parent.__class__ = prepared_class(original, forwards.sources)
-        check_real(expected, real_outputs(parent, inputs), quantized)
+        check_real(together, real_outputs(lambda x: run(parent, x), inputs), quantized)
     except Exception:
-        replace_module(parent, path, found.container)
-        parent.__class__ = original
         stack.undo()
         raise
-    return FusedList(
-        found.path, parent_path or "(model)", len(found.experts), forwards.top_k, plan.activation, _names(found, fused, plan)
-    )
+    finally:
+        replace_module(parent, path, found.container)
+    return fused, names
 
 
 def _forwards(parent: nn.Module, path: str, found: ExpertList, plan: ExpertPlan, memo: Memo) -> Forwards:
@@ -137,7 +151,8 @@ def _derive(parent: nn.Module, path: str, found: ExpertList, plan: ExpertPlan) -
     for training in (mode, not mode):
         for rank in _RECORDED:
             try:
-                with _mode(parent, training):
+                with untouched(parent, found.experts):
+                    parent.train(training)
                     variants[training, rank] = _derive_variant(parent, path, found, plan, rank)
             except Unsuited as reason:
                 reasons[training, rank] = reason
@@ -172,14 +187,18 @@ def _derive_variant(
 
 
 def _find(parent: nn.Module, found: ExpertList, plan: ExpertPlan, shape: tuple[int, ...], width: int) -> Found:
-    x = _random(shape, width, found, _dtype(found.experts[0]))
+    x = _random(shape, width, found)
     reason = Unsuited("the experts' results are not added up row by row", "weigh each token's results and add them")
+    candidates = []
     for combine in find_combines(parent, found.experts, x, plan.out_features):
         try:
-            return Found(combine, find_routing(combine))
+            candidates.append(Found(combine, find_routing(combine)))
         except Unsuited as other:
             reason = other
-    raise reason
+    if not candidates:
+        raise reason
+    # The fused experts' dtype first: a sum in another is rounded right after.
+    return next((c for c in candidates if c.combine.node.meta["value"].dtype == x.dtype), candidates[0])
 
 
 def _check(
@@ -194,26 +213,9 @@ def _check(
     """Synthetic experts, at sizes that were not recorded, and with tokens that all choose the same experts."""
     made = prepared_class(type(parent), forwards.sources)
     run = made._variants[parent.training, rank]  # type: ignore[attr-defined]
-    dtype = _dtype(found.experts[0])
-    inputs = [_random(shape, forwards.width, found, dtype) for shape in shapes or _CHECKED[rank]]
+    inputs = [_random(shape, forwards.width, found) for shape in shapes or _CHECKED[rank]]
     inputs.append(inputs[-1][..., :1, :].expand_as(inputs[-1]).contiguous())
     check_synthetic(parent, found.experts, path, run, inputs, plan.out_features, forwards.weighted)
-
-
-class _mode:  # noqa: N801 - a context manager
-    """A module in training or eval mode for a while, each submodule back in its own after it."""
-
-    def __init__(self, module: nn.Module, training: bool) -> None:
-        self._module, self._training = module, training
-
-    def __enter__(self) -> None:
-        self._before = [(m, m.training) for m in self._module.modules()]
-        if self._module.training != self._training:
-            self._module.train(self._training)
-
-    def __exit__(self, *_: object) -> None:
-        for module, training in self._before:
-            module.training = training
 
 
 def _widths(parent: nn.Module, plan: ExpertPlan) -> list[int]:
@@ -222,8 +224,8 @@ def _widths(parent: nn.Module, plan: ExpertPlan) -> list[int]:
     return list(dict.fromkeys([plan.in_features, *linears]))
 
 
-def _random(shape: tuple[int, ...], width: int, found: ExpertList, dtype: torch.dtype) -> Tensor:
-    device = next(leaves_of(found.experts[0])).get().device
+def _random(shape: tuple[int, ...], width: int, found: ExpertList) -> Tensor:
+    device, dtype = next(leaves_of(found.experts[0])).get().device, _dtype(found.experts[0])
     generator = torch.Generator().manual_seed(sum(shape))
     return torch.randn(*shape, width, generator=generator).to(device, dtype)
 
@@ -240,7 +242,7 @@ def _children(parent: nn.Module) -> Hashable:
     return tuple((name, type(m)) for name, m in parent.named_children())
 
 
-def _names(found: ExpertList, fused: FusedExperts, plan: ExpertPlan) -> dict[str, tuple[str, ...]]:
+def _names(found: ExpertList, plan: ExpertPlan) -> dict[str, tuple[str, ...]]:
     """New parameter -> its names before, one an expert."""
     names: dict[str, tuple[str, ...]] = {}
     leaves = [leaf.name for leaf in leaves_of(found.experts[0])]

@@ -1,89 +1,105 @@
-"""TEMPORARY middle analysis until the lift's arrives."""
+"""What lies between an expert's products, read by the same proof that lifts whole blocks.
+
+Before:  x -> linear, linear -> silu, mul -> linear, twice in one graph, as two experts that a top-1 chooses between
+After:   activation "silu(g) * u", layout "separate", the up ops (gate first), the down op, and their biases
+"""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.fx import Node
 
-from ..activation.names import _KNOWN
-from ..activation import parse
+from ..passes.block import Block, Unit
+from ..passes.found import Refused
+from ..passes.proof import prove
+from ..passes.sample import Unsupported
+from ..passes.search import candidates, find_units
 from .record import Unsuited
 
-aten = torch.ops.aten
 LINEAR = torch.ops.fx_nvfp4.linear.default
+_ADVICE = "an expert is down(activation(up(x))), with or without a gate and biases"
 
 
 @dataclass(frozen=True)
 class Middle:
+    """The ops of one expert, in the graph that :func:`chosen` gave.
+
+    Attributes:
+        up: one product, or gate and up; up_bias: of each.
+        activation, layout: as ``torch.ops.fx_nvfp4.moe`` takes them.
+    """
+
     up: tuple[Node, ...]
-    down: Node
     up_bias: tuple[Node | None, ...]
+    down: Node
     down_bias: Node | None
     activation: str
     layout: str
 
 
-def _bias(node: Node) -> tuple[Node, Node | None]:
-    users = list(node.users)
-    if len(users) == 1 and users[0].target is aten.add.Tensor:
-        other = [a for a in users[0].args if a is not node][0]
-        if isinstance(other, Node) and other.meta["val"].dim() == 1:
-            return users[0], other
-    return node, None
+def chosen(expert: Callable[[int, Tensor], Tensor], x: Tensor, logits: Tensor) -> Tensor:
+    """A mixture of two experts, to be traced: expert(e, x [T, K]) -> [T, H], logits [T, 2]."""
+    weights, ids = logits.topk(1, dim=-1)
+    shares = [((ids == e) * weights).sum(dim=-1, keepdim=True) for e in range(2)]
+    return expert(0, x) * shares[0] + expert(1, x) * shares[1]
 
 
 def find_middle(graph: fx.Graph) -> Middle:
-    ops = [n for n in graph.nodes if n.target is LINEAR]
-    out = next(n for n in graph.nodes if n.op == "output").args[0]
-    if isinstance(out, (list, tuple)):
-        out = out[0]
-    if len(ops) not in (2, 3):
-        raise Unsuited(f"its experts have {len(ops)} packed products", "experts are up, activation, down")
-    *ups, down = ops
-    end, down_bias = _bias(down)
-    if end is not out:
-        raise Unsuited("its experts do more after the down product")
-    starts = [_bias(u) for u in ups]
-    n = [s.meta["val"].shape[-1] for s, _ in starts]
-    inter = down.args[0].meta["val"].shape[-1]
-    rows = starts[0][0].meta["val"].shape[0]
-    order = {id(s): i for i, (s, _) in enumerate(starts)}
+    """The first of the two experts of a graph that was traced from :func:`chosen`.
 
-    def run(values):
-        env = {s: v for (s, _), v in zip(starts, values)}
+    Raises:
+        Unsuited: it is no down(activation(up(x))).
+    """
+    products = [n for n in graph.nodes if n.target is LINEAR]
+    if len(products) not in (4, 6):
+        raise Unsuited(f"its experts have {len(products) / 2:g} packed products", _ADVICE)
+    # How activations are rounded is no part of the function that is read here.
+    arguments = [(n, n.args, n.kwargs) for n in products]
+    for n in products:
+        n.args, n.kwargs = n.args[:4], {k: v for k, v in n.kwargs.items() if k == "global_scale"}
+    try:
+        block = _prove(graph)
+    finally:
+        for n, args, kwargs in arguments:
+            n.args, n.kwargs = args, kwargs
+    return _middle(block)
 
-        def of(node):
-            if node not in env:
-                if node.op == "placeholder" or node.target is LINEAR:
-                    raise Unsuited("more than a function of its up products")
-                a, k = fx.map_arg((node.args, node.kwargs), of)
-                env[node] = node.target(*a, **k)
-            return env[node]
 
-        return of(down.args[0]).float()
+def _prove(graph: fx.Graph) -> Block:
+    reasons: list[str] = []
+    for units in find_units(graph):
+        for candidate in candidates(units):
+            try:
+                return prove(dataclasses.replace(candidate, bias_owners=_down_biases(units)))
+            except (Refused, Unsupported) as reason:
+                reasons.append(str(reason))
+    raise Unsuited(f"in its experts, {reasons[0]}" if reasons else "its experts do more than two products", _ADVICE)
 
-    dtype = starts[0][0].meta["val"].dtype
-    torch.manual_seed(0)
-    values = [torch.randn(rows, k, dtype=dtype) * 3 for k in n]
-    h = run(values)
-    if len(ups) == 2:
-        layouts = {"separate": (values[0], values[1])}
-    elif n[0] == inter:
-        layouts = {"plain": (None, values[0])}
-    else:
-        layouts = {"concatenated": values[0].chunk(2, -1), "interleaved": (values[0][:, ::2], values[0][:, 1::2])}
-    for layout, (g, u) in layouts.items():
-        for _, text in _KNOWN:
-            for t in {text, text.replace("g", "#").replace("si#", "sig").replace("u", "g").replace("#", "u")} if layout != "plain" and text.count("g") else {text}:
-                try:
-                    e = parse(t)
-                except ValueError:
-                    continue
-                if ("g" in e.names) != (layout != "plain"):
-                    continue
-                if torch.allclose(e.evaluate(g, u).to(dtype).float(), h, rtol=0.02, atol=0.02):
-                    return Middle(tuple(ups), down, tuple(b for _, b in starts), down_bias, t, layout)
-    raise Unsuited("unknown activation")
+
+def _down_biases(units: Sequence[Unit]) -> dict[Node, int]:
+    """Parameters that are added to what a down product gives -> the expert."""
+    return {
+        node: expert
+        for expert, unit in enumerate(units)
+        for user in unit.down.node.users
+        if user.target is torch.ops.aten.add.Tensor
+        for node in user.all_input_nodes
+        if node is not unit.down.node and list(node.meta["val"].shape) == [unit.down.rows]
+    }
+
+
+def _middle(block: Block) -> Middle:
+    unit, gating = block.candidate.units[0], block.gating
+    return Middle(
+        tuple(up.product.node for up in gating.ups),
+        tuple(up.bias for up in gating.ups),
+        unit.down.node,
+        block.down_biases[0] if block.down_biases else None,
+        gating.activation,
+        gating.layout,
+    )

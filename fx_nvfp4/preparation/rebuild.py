@@ -144,7 +144,7 @@ class _Rebuilder:
     def _constant(self, value: Tensor, other: Tensor) -> Node:
         if value.numel() > 64 or value.shape != other.shape or not torch.equal(value, other):
             raise Unsuited("its routing uses a tensor that it makes from Python numbers", "register it as a buffer")
-        make = {"dtype": value.dtype, "device": self._device()}
+        make: dict[str, Any] = {"dtype": value.dtype, "device": self._device()}
         return self._graph.call_function(torch.tensor, (value.tolist(),), make)
 
     def _device(self) -> Node:
@@ -219,6 +219,8 @@ class _Rebuilder:
         """A node of the routing as [T, A]."""
         if routing.ids_first:
             return self._graph.call_function(aten.t.default, (self._new[node],))
+        if node.meta["value"].dim() == 2:
+            return self._new[node]
         return self._graph.call_function(aten.reshape.default, (self._new[node], [-1, routing.top_k]))
 
     def _rows(self, node: Node) -> Node:
@@ -235,7 +237,7 @@ class _Rebuilder:
         combine, graph = self._first.combine, self._graph
         whole = combine.node.meta["value"]
         if whole.dtype != self._dtype():
-            self._combined = graph.call_function(torch.Tensor.to, (self._combined, whole.dtype))
+            self._combined = graph.call_method("to", (self._combined, whole.dtype))
         if whole.dim() != 2:
             self._combined = self._shaped(self._combined, combine.node, self._second.combine.node)
         if combine.base is not None:

@@ -59,8 +59,10 @@ def record(module: nn.Module, experts: list[nn.Module], x: Tensor, stub: Stub) -
         Unsuited: the module cannot be run so; the reason says why.
     """
     recorder = _Recorder(module)
-    with torch.no_grad(), _leaves(recorder, module, experts), _stubs(recorder, experts, stub):
+    x = x.clone()  # which the module may write to
+    with seeded(x.device), torch.no_grad(), _leaves(recorder, module, experts), _stubs(recorder, experts, stub):
         node = recorder.placeholder(x)
+        before = dict(module.__dict__)
         try:
             with recorder:
                 out = module(x)
@@ -71,7 +73,42 @@ def record(module: nn.Module, experts: list[nn.Module], x: Tensor, stub: Stub) -
                 f"its forward raised {type(error).__name__} for an input {list(x.shape)}: {error}",
                 "prepare() calls it with hidden states alone",
             ) from error
+    kept = [k for k, v in module.__dict__.items() if before.get(k) is not v and _tensors(v)]
+    if kept:
+        raise Unsuited(f"its forward keeps tensors in self.{kept[0]}", "return them instead")
     return Recording(recorder.graph, node, recorder.output(out), recorder.calls)
+
+
+@contextlib.contextmanager
+def seeded(device: torch.device) -> Iterator[None]:
+    """The same random numbers in every block, and the caller's generators untouched."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        yield
+
+
+@contextlib.contextmanager
+def untouched(module: nn.Module, experts: list[nn.Module]) -> Iterator[None]:
+    """Trials leave no trace: modes, attributes and buffers of the module and its parts are put back.
+
+    On a CPU trials use one thread: they are many and small.
+    """
+    apart = {id(m) for expert in experts for m in expert.modules()}
+    parts = [m for m in module.modules() if id(m) not in apart]
+    attributes = [(m, dict(m.__dict__)) for m in parts]
+    buffers = [(b, b.clone()) for m in parts for b in m._buffers.values() if b is not None and not b.is_meta]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        for part, before in attributes:
+            part.__dict__.clear()
+            part.__dict__.update(before)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
 
 
 @contextlib.contextmanager
@@ -137,16 +174,19 @@ class _Recorder(TorchDispatchMode):
         self._alive: list[Any] = []  # what ids in _nodes stand for
         self._writers: dict[Any, Node] = {}
         self._attributes = dict(_attributes(module))
+        self._owned = {_memory(t): n for n, t in (*module.named_parameters(), *module.named_buffers())}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self._inside:
             return func(*args, **kwargs)
         inputs = self._inputs((args, kwargs))
+        written = _written(func._schema, args, kwargs)
+        for tensor in written:
+            if _memory(tensor) in self._owned:
+                raise Unsuited(f"its forward writes to {self._owned[_memory(tensor)]}", "return what it counts instead")
         out = func(*args, **kwargs)
-        given = {**dict(zip((a.name for a in func._schema.arguments), args, strict=False)), **kwargs}
-        written = [given.get(a.name) for a in func._schema.arguments if a.alias_info and a.alias_info.is_write]
-        self._add("call_function", func, inputs, out, [t for t in tree_flatten(written)[0] if isinstance(t, Tensor)])
+        self._add("call_function", func, inputs, out, written)
         return out
 
     def placeholder(self, x: Tensor) -> Node:
@@ -224,6 +264,12 @@ def _older(a: Node, b: Node) -> bool:
 
 def _tensors(tree: Any) -> list[Tensor]:
     return [t for t in tree_flatten(tree)[0] if isinstance(t, Tensor)]
+
+
+def _written(schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Arguments that an op writes to."""
+    given = {**dict(zip((a.name for a in schema.arguments), args, strict=False)), **kwargs}
+    return _tensors([given.get(a.name) for a in schema.arguments if a.alias_info and a.alias_info.is_write])
 
 
 def _memory(tensor: Tensor) -> Any:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,47 +10,42 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from .record import Unsuited, replace_module
-from .recorder import only_rows, replaced_forwards
+from .recorder import only_rows, replaced_forwards, seeded
 
 Forward = Callable[[nn.Module, Tensor], Any]
 
 
-@contextlib.contextmanager
-def seeded(device: torch.device) -> Iterator[None]:
-    """The same random numbers in every block, and the caller's generators untouched."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
-        yield
-
-
-def synthetic(expert: int, rows: Tensor, hidden: int) -> Tensor:
-    """A made-up expert: rows [S, K] -> [S, H], different for every expert and differentiable."""
-    index = torch.arange(hidden, device=rows.device).add(expert) % rows.shape[-1]
-    return rows[..., index] * (0.5 + (expert % 7) / 7)
+def synthetic(experts: int | Tensor, rows: Tensor, hidden: int) -> Tensor:
+    """Made-up experts: rows [.., K] -> [.., H], different for every expert (one, or ids [..]) and differentiable."""
+    ids = torch.as_tensor(experts, device=rows.device).unsqueeze(-1)
+    index = (torch.arange(hidden, device=rows.device) + ids) % rows.shape[-1]
+    return rows.gather(-1, index.expand(*rows.shape[:-1], hidden)) * (0.5 + ids % 7 / 7).to(rows.dtype)
 
 
 class SyntheticExperts(nn.Module):
-    """All made-up experts at once, as :class:`fx_nvfp4.fused.FusedExperts` would call them."""
+    """All made-up experts at once, as :class:`fx_nvfp4.fused.FusedExperts` would be called."""
 
-    def __init__(self, count: int, hidden: int, weighted: str) -> None:
+    def __init__(self, hidden: int, weighted: str) -> None:
         super().__init__()
-        self.count, self.hidden, self.weighted = count, hidden, weighted
+        self.hidden, self.weighted = hidden, weighted
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        out = x.new_zeros(len(x), self.hidden, dtype=torch.float32)
-        for e in range(self.count):
-            for a in range(ids.shape[1]):
-                share, chosen = weights[:, a, None], (ids[:, a, None] == e)
-                if self.weighted == "input":
-                    y = synthetic(e, (x * share.to(x.dtype)), self.hidden).float()
-                else:
-                    y = synthetic(e, x, self.hidden).float() * share.float()
-                out = out + torch.where(chosen, y, 0.0)
-        return out.to(x.dtype)
+        rows = x.unsqueeze(1).expand(-1, ids.shape[1], -1)
+        if self.weighted == "input":
+            y = synthetic(ids, rows * weights.unsqueeze(-1).to(x.dtype), self.hidden).float()
+        else:
+            y = synthetic(ids, rows, self.hidden).float() * weights.unsqueeze(-1).float()
+        return y.sum(dim=1).to(x.dtype)
 
 
 def check_synthetic(
-    module: nn.Module, experts: list[nn.Module], path: str, forward: Forward, inputs: Sequence[Tensor], hidden: int, weighted: str
+    module: nn.Module,
+    experts: list[nn.Module],
+    path: str,
+    forward: Forward,
+    inputs: Sequence[Tensor],
+    hidden: int,
+    weighted: str,
 ) -> None:
     """Compare forward(module, x) with the module's own, all experts made up; in training mode gradients too.
 
@@ -59,7 +53,7 @@ def check_synthetic(
         Unsuited: they differ.
     """
     container = module.get_submodule(path)
-    replacement = SyntheticExperts(len(experts), hidden, weighted)
+    replacement = SyntheticExperts(hidden, weighted)
     made_up = [lambda *a, e=e, **k: synthetic(e, only_rows(a, k), hidden) for e in range(len(experts))]
     for x in inputs:
         with replaced_forwards(experts, made_up):
@@ -97,15 +91,16 @@ def _compare(expected: list[Tensor], actual: list[Tensor], x: Tensor) -> None:
         raise Unsuited(f"the fused forward gives other shapes for an input {list(x.shape)}")
     for a, b in zip(expected, actual, strict=True):
         bound = 16 * torch.finfo(x.dtype).eps * (float(a.detach().abs().max()) if a.numel() else 0.0)
-        if a.dtype != b.dtype or not torch.allclose(a.detach().double(), b.detach().double(), rtol=0, atol=bound, equal_nan=True):
+        want, got = a.detach().double(), b.detach().double()
+        if a.dtype != b.dtype or not torch.allclose(want, got, rtol=0, atol=bound, equal_nan=True):
             raise Unsuited(
                 f"the fused forward differs from the original for an input {list(x.shape)}",
-                "what the forward does depends on more than the experts chosen (capacity, token dropping, detached weights)",
+                "what it does depends on more than the experts chosen (an expert's capacity, detached weights)",
             )
 
 
-def real_outputs(module: nn.Module, inputs: Sequence[Tensor]) -> list[list[Tensor]]:
-    """What the module gives with its own experts, without gradients."""
+def real_outputs(module: Callable[[Tensor], Any], inputs: Sequence[Tensor]) -> list[list[Tensor]]:
+    """What a module gives, without gradients."""
     with torch.no_grad():
         results = []
         for x in inputs:
