@@ -7,10 +7,10 @@ from collections.abc import Mapping
 
 import torch
 
-from .kernels.config import INDEXED, gemm_config, gradient_config, up_config
+from .kernels.config import INDEXED, gemm_config, gradient_config
 from .report import Match
 
-_TILED = ("linear", "batched", "grouped")
+_TILED = ("linear", "batched", "grouped", "moe")
 
 
 def with_choice(match: Match) -> Match:
@@ -28,9 +28,6 @@ def _choice(match: Match) -> str:
         text = _written(gemm_config(match.rows, dtype).meta())
     elif match.op == "indexed":
         text = _written(INDEXED.meta())
-    elif match.op == "moe":
-        up, down = up_config(match.rows, dtype).meta(), gemm_config(match.rows, dtype).meta()
-        text = f"up {_written(up)}, down {_written(down)}"
     elif match.op == "input_grad":
         text = _written(gradient_config(match.rows).meta())
     else:

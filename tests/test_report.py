@@ -199,7 +199,7 @@ def test_explaining_measures_every_stage():
         ("grouped", "cuda", 4, "Triton grouped: BLOCK_M=16 BLOCK_N=64 BLOCK_K=128"),
         ("grouped", "cuda", 500, "Triton grouped: BLOCK_M=64 BLOCK_N=64 BLOCK_K=128"),
         ("indexed", "cuda", 4, "Triton indexed: "),
-        ("moe", "cuda", 4, "Triton moe: up BLOCK_M=16"),
+        ("moe", "cuda", 4, "Triton moe: BLOCK_M=16"),
         ("grouped", "cpu", 4, "plain PyTorch on cpu"),
     ],
 )
