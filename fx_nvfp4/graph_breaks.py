@@ -20,6 +20,7 @@ _PLACE = re.compile(r"in user code at (.+):(\d+)\n")
 _TITLE = re.compile(r"^([^\n]+)\n  Explanation:", re.MULTILINE)
 _HINT = re.compile(r"^  Hint: (.+)$", re.MULTILINE)
 _FRAME = re.compile(r'^  File "([^"]+)", line (\d+), in (\S+)', re.MULTILINE)
+_LIMIT = re.compile(r"hit config\.(\w+) \((\d+)\)\n +function: '[^']*' \((.+):(\d+)\)\n +last reason: ([^\n]*)")
 _SKIPPED = "Skipping the function"
 _NO_HELP = ("report an issue", "caused by an earlier graph break")  # in hints that tell a user nothing
 
@@ -76,6 +77,10 @@ class BreakLog:
         return owners
 
     def _add(self, message: str) -> None:
+        limit = _LIMIT.search(message)
+        if limit:
+            self._add_limit(*limit.groups())
+            return
         place = _PLACE.search(message)
         if place is None:
             return
@@ -91,6 +96,16 @@ class BreakLog:
             helpful = tuple(dict.fromkeys(h for h in hints if not any(text in h for text in _NO_HELP)))
             code = linecache.getline(file, line).strip()
             self._found[file, line] = _Found(GraphBreak(_short(file), line, code, reason, helpful), stack, skips)
+
+    def _add_limit(self, option: str, limit: str, file: str, line: str, why: str) -> None:
+        """A function that Dynamo recompiled too often: from then on it runs as it is."""
+        place = file, int(line)
+        code = next(
+            (text for n in range(5) if (text := linecache.getline(file, place[1] + n).strip())[:4] == "def "), ""
+        )
+        reason = f"compiled {limit} times, then given up, as it differs from call to call: {why.strip()}"
+        hint = f"raise torch._dynamo.config.{option}, or keep what differs out of what is compiled"
+        self._found[place] = _Found(GraphBreak(_short(file), place[1], code, reason, (hint,)), (place,), True)
 
 
 def _kinds_around(model: torch.nn.Module, name: str) -> Iterator[type]:

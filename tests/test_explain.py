@@ -134,6 +134,30 @@ def test_a_break_elsewhere_hides_nothing():
     assert not any(b.hides for b in report.breaks)
 
 
+def test_layers_past_the_recompilation_limit_are_told_from_layers_that_nobody_calls():
+    class Numbered(Layer):
+        number = 0
+
+        def forward(self, x):
+            return super().forward(x) + self.number
+
+    model = BreaksBetweenLayers(*[Experts] * 4)
+    for i in range(4):
+        layer = Numbered()
+        layer.number = i  # Dynamo compiles the layer anew for each
+        model.layers[i] = layer
+    with torch._dynamo.config.patch(recompile_limit=2):
+        report = explained(model)
+    assert report.weights == weights(0, 1)
+    assert {r.where for r in report.refused} == weights(2, 3)
+    (found,) = [b for b in report.breaks if b.hides]
+    assert set(found.hides) == weights(2, 3)
+    assert found.code == "def forward(self, x):"
+    assert "compiled 2 times" in found.reason
+    assert "number" in found.reason
+    assert "recompile_limit" in found.hints[0]
+
+
 def test_breaks_are_told_again_at_the_next_call():
     # Dynamo shortens the message of a break that it has told of before.
     model = Model(Experts, DisabledExperts)
@@ -143,10 +167,11 @@ def test_breaks_are_told_again_at_the_next_call():
 def test_dynamos_log_is_as_it_was():
     import logging
 
-    log = logging.getLogger("torch._dynamo.symbolic_convert.__graph_breaks")
-    before = log.level, log.propagate, list(log.handlers)
+    names = "torch._dynamo.symbolic_convert.__graph_breaks", "torch._dynamo.convert_frame"
+    logs = [logging.getLogger(name) for name in names]
+    before = [(log.level, log.propagate, list(log.handlers)) for log in logs]
     explained(Model(DisabledExperts))
-    assert (log.level, log.propagate, list(log.handlers)) == before
+    assert [(log.level, log.propagate, list(log.handlers)) for log in logs] == before
 
 
 def compiled_whole(model):

@@ -217,10 +217,11 @@ def debug_folder(patches: Mapping[str, Any]) -> Path | None:
 
 @contextlib.contextmanager
 def graph_break_log(receive: Callable[[str], None]) -> Iterator[None]:
-    """Calls receive with what Dynamo logs at each graph break inside the block.
+    """Calls receive with what Dynamo logs at each graph break, or when it stops recompiling, inside the block.
 
     Through the log, as `graph_break_reasons` leaves out the functions that Dynamo gives up altogether.
     """
+    from torch._dynamo.convert_frame import log as frame_log
     from torch._dynamo.symbolic_convert import graph_break_log as log
     from torch._dynamo.utils import reset_graph_break_dup_checker
 
@@ -230,10 +231,12 @@ def graph_break_log(receive: Callable[[str], None]) -> Iterator[None]:
         log.propagate = False  # nobody else has asked for these
     log.setLevel(logging.DEBUG)
     log.addHandler(handler)
+    frame_log.addHandler(handler)
     reset_graph_break_dup_checker()  # it shortens the messages of breaks that are known to it
     try:
         yield
     finally:
+        frame_log.removeHandler(handler)
         log.removeHandler(handler)
         log.setLevel(level)
         log.propagate = propagate
