@@ -213,6 +213,18 @@ def test_functions_and_methods_are_explained():
     assert len(explained(lambda x: model.layers[1](x)).matched) == 2
 
 
+def test_torchaos_packed_parameters_are_found_used_or_not():
+    from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor
+
+    model = nn.ModuleDict({name: nn.Linear(K, K, bias=False, dtype=torch.bfloat16) for name in ("used", "unused")})
+    for linear in model.values():
+        linear.weight = nn.Parameter(NVFP4Tensor.to_nvfp4(linear.weight.detach()), requires_grad=False)
+    model.forward = lambda x: model["used"](x)
+    report = explained(model, torch.randn(6, K, dtype=torch.bfloat16))
+    assert [m.weight for m in report.matched] == ["used.weight"]
+    assert [r.where for r in report.refused] == ["unused.weight"]
+
+
 def test_inference_mode():
     model = Model(Experts)
     with torch.inference_mode():
