@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import format as nvfp4
+from .activation import parse
 from .block import Block, Projection
 from .kernels import batched as batched_kernels
 from .kernels import dequantize as dequantize_kernels
@@ -60,7 +61,14 @@ def moe(x: Tensor, ids: Tensor, weights: Tensor, block: Block) -> Tensor:
     acts = acts[:1] if all(act.scale is acts[0].scale for act in acts) else acts
     entered = [_enter(x, act, slot_ids if apart else None, block.experts) for act in acts]
     *gate, up = (_operand(entered[i % len(entered)], p) for i, p in enumerate(_halves(block)))
-    h = moe_kernels.up(up, gate[0] if gate else None, order, offs, top, block.activation.to_triton())
+    if not gate or moe_kernels.alike(gate[0], up):
+        activation = block.activation.to_triton()
+        h = moe_kernels.up(up, gate[0] if gate else None, order, offs, top, activation)
+    else:
+        # Rounded or laid out apart: each by itself, and the activation as plain operations.
+        itself = parse("u").to_triton()
+        parts = [moe_kernels.up(half, None, order, offs, top, itself) for half in (gate[0], up)]
+        h = block.activation.evaluate(*parts).to(x.dtype)
     y = moe_kernels.down(_operand(_enter(h, block.down.act, slot_ids, block.experts), block.down), order, offs)
     return moe_kernels.combine(y, ids, weights if block.weighted == "output" else None, block.experts)
 

@@ -33,7 +33,6 @@ from fx_nvfp4.kernels.config import (
     ROUTING_GROUPS,
     gemm_config,
     gradient_config,
-    up_config,
 )
 from fx_nvfp4.kernels.dequantize import dequantize_kernel
 from fx_nvfp4.kernels.fake_quantize import fake_quantize_kernel
@@ -62,7 +61,6 @@ def kernel_calls(dtype: str, rows: int, hip: bool) -> dict[str, tuple[Any, dict[
     """Every kernel with its compile-time arguments."""
     config = gemm_config(rows, DTYPES[dtype], hip).meta()
     silu, anything = (compile_activation(parse(text).to_triton()) for text in ("silu(g) * u", ACTIVATION))
-    up = up_config(rows, DTYPES[dtype], hip).meta()
     parts = 3 if dtype == "fp32" else 2
     return {
         "batched": (batched_kernel, config),
@@ -71,8 +69,8 @@ def kernel_calls(dtype: str, rows: int, hip: bool) -> dict[str, tuple[Any, dict[
         "split_grad": (split_grad_kernel, {"PARTS": parts, "BLOCK": SPLIT_BLOCK}),
         "indexed": (indexed_kernel, INDEXED.meta()),
         "dequantize": (dequantize_kernel, DEQUANTIZE.meta()),
-        "up": (up_kernel, {**up, "GROUPS": 256, "ACTIVATION": silu}),
-        "activation": (up_kernel, {**up, "GROUPS": 256, "ACTIVATION": anything}),
+        "up": (up_kernel, {**config, "GROUPS": 256, "ACTIVATION": silu}),
+        "activation": (up_kernel, {**config, "GROUPS": 256, "ACTIVATION": anything}),
         "down": (down_kernel, {**config, "GROUPS": 256}),
         "combine": (combine_kernel, {"SLOTS": 8, "A": 6, "BLOCK_N": COMBINE_ELEMENTS // 8}),
         "count": (count_kernel, {"BLOCK": ROUTING_BLOCK, "BLOCKS": ROUTING_BLOCKS_PER_STEP}),
@@ -99,7 +97,7 @@ def compile_kernel(kernel: Any, arguments: dict[str, Any], dtype: str, target: G
     options = {name: arguments.pop(name) for name in ("num_warps", "num_stages") if name in arguments}
     names = kernel.arg_names
     signature = {name: "constexpr" if name in arguments else argument_type(name, dtype) for name in names}
-    aligned = re.compile(r".*_ptr|(gate_)?stride_(x|q).|K")
+    aligned = re.compile(r".*_ptr|stride_x.|stride_q.|K")
     attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if aligned.fullmatch(name)}
     constants = {(names.index(name),): value for name, value in arguments.items()}
     return triton.compile(ASTSource(kernel, signature, constants, attrs), target=target, options=options)

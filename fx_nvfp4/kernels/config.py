@@ -1,6 +1,6 @@
 """Tile sizes and launch parameters of the kernels: the one place that decides them."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -43,18 +43,6 @@ def gemm_config(rows: int, dtype: torch.dtype, hip: bool | None = None) -> GemmC
     # operand is in registers in flight across the loop edge, and results are wrong and change from run to run.
     # With four warps the tile of 64 tokens spills on sm_80.
     return GemmConfig(block_m, 64, 128, num_warps=8 if block_m == 64 else 4, num_stages=num_stages)
-
-
-def up_config(rows: int, dtype: torch.dtype, hip: bool | None = None) -> GemmConfig:
-    """Of the kernel that multiplies with gate and up, one after the other, so that BLOCK_N stands for two tiles."""
-    if hip is None:
-        hip = torch.version.hip is not None
-    config = gemm_config(rows, dtype, hip)
-    if dtype == torch.float32:
-        # On AMD the larger tile spills registers, of which masks take two for each comparison.
-        return replace(config, block_m=16) if hip else config
-    # Low tiles read few weights each, so more of them run at once; on AMD those of 32 rows spill too.
-    return replace(config, block_n=32) if config.block_m <= (32 if hip else 16) else config
 
 
 def gradient_config(rows: int, hip: bool | None = None) -> GemmConfig:

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import compile_activation
-from .config import COMBINE_ELEMENTS, GemmConfig, gemm_config, up_config
+from .config import COMBINE_ELEMENTS, GemmConfig, gemm_config
 from .grouped import find_tile
 from .operands import Weight, check_input, check_out_scale, pack_weight, require
 from .routing import load_expert
@@ -81,34 +81,22 @@ def up_kernel(
     order_ptr,
     offs_ptr,
     out_ptr,
-    gate_x_ptr,
-    gate_qdata_ptr,
-    gate_block_scale_ptr,
-    gate_global_scale_ptr,
-    gate_out_scale_ptr,
-    gate_bias_ptr,
     x_ptr,
     qdata_ptr,
     block_scale_ptr,
     global_scale_ptr,
     out_scale_ptr,
     bias_ptr,
+    gate_qdata_ptr,
+    gate_block_scale_ptr,
+    gate_global_scale_ptr,
+    gate_bias_ptr,
     S,
     N,
     K,
     E,
     tiles_m,
     slots_per_row,
-    gate_stride_xm,
-    gate_stride_qe,
-    gate_stride_qn,
-    gate_stride_se,
-    gate_stride_sn,
-    gate_stride_ge,
-    gate_stride_gn,
-    gate_stride_ae,
-    gate_stride_be,
-    gate_stride_bn,
     stride_xm,
     stride_qe,
     stride_qn,
@@ -125,24 +113,34 @@ def up_kernel(
     BLOCK_K: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """out[slot] = ACTIVATION(gate, up) of row slot // slots_per_row; one program per tile of slots of one expert."""
+    """out[slot] = ACTIVATION(gate, up) of row slot // slots_per_row; one program per tile of slots of one expert.
+
+    Gate and up take turns in the columns of the product's tile, so one loop computes both and a split parts them.
+    """
     pid = tl.program_id(0)
     group, first, end = find_tile(offs_ptr, pid % tiles_m, S, E, BLOCK_M, GROUPS)
     if group >= E:
         return
-    expert = group.to(tl.int64)
     place = first + tl.arange(0, BLOCK_M)
     row_mask = place < end
     slots = tl.load(order_ptr + place, mask=row_mask, other=0).to(tl.int64)
-    x_rows = slots // slots_per_row
-    cols = (pid // tiles_m).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    col_mask = cols < N
-    up = slot_product(
+    OUTPUTS: tl.constexpr = BLOCK_N if gate_qdata_ptr is None else BLOCK_N // 2
+    start = (pid // tiles_m).to(tl.int64) * OUTPUTS
+    column = tl.arange(0, BLOCK_N)
+    cols = start + column * OUTPUTS // BLOCK_N
+    if gate_qdata_ptr is not None:
+        is_gate = column % 2 == 0
+        qdata_ptr = tl.where(is_gate, gate_qdata_ptr, qdata_ptr)[:, None]
+        block_scale_ptr = tl.where(is_gate, gate_block_scale_ptr, block_scale_ptr)[:, None]
+        global_scale_ptr = tl.where(is_gate, gate_global_scale_ptr, global_scale_ptr)
+        if bias_ptr is not None:
+            bias_ptr = tl.where(is_gate, gate_bias_ptr, bias_ptr)
+    y = slot_product(
         x_ptr,
         stride_xm,
-        x_rows,
+        slots // slots_per_row,
         row_mask,
-        expert,
+        group.to(tl.int64),
         qdata_ptr,
         block_scale_ptr,
         global_scale_ptr,
@@ -158,44 +156,20 @@ def up_kernel(
         stride_be,
         stride_bn,
         cols,
-        col_mask,
+        cols < N,
         K,
         out_ptr.dtype.element_ty,
         BLOCK_M,
         BLOCK_N,
         BLOCK_K,
     )
-    gate = up
-    if gate_x_ptr is not None:
-        gate = slot_product(
-            gate_x_ptr,
-            gate_stride_xm,
-            x_rows,
-            row_mask,
-            expert,
-            gate_qdata_ptr,
-            gate_block_scale_ptr,
-            gate_global_scale_ptr,
-            gate_out_scale_ptr,
-            gate_bias_ptr,
-            gate_stride_qe,
-            gate_stride_qn,
-            gate_stride_se,
-            gate_stride_sn,
-            gate_stride_ge,
-            gate_stride_gn,
-            gate_stride_ae,
-            gate_stride_be,
-            gate_stride_bn,
-            cols,
-            col_mask,
-            K,
-            out_ptr.dtype.element_ty,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-        )
-    store_tile(out_ptr, N, slots, row_mask, cols, col_mask, ACTIVATION(gate, up))
+    if gate_qdata_ptr is not None:
+        gate, up = tl.split(tl.reshape(y, (BLOCK_M, OUTPUTS, 2)))
+        h = ACTIVATION(gate, up)
+    else:
+        h = ACTIVATION(y, y)
+    outputs = start + tl.arange(0, OUTPUTS)
+    store_tile(out_ptr, N, slots, row_mask, outputs, outputs < N, h)
 
 
 @triton.jit
@@ -306,21 +280,36 @@ def up(
     """activation(gate, up) of every slot -> [S, N] in x's dtype; slots in no group are not written.
 
     order and offs as :func:`fx_nvfp4.kernels.routing.sort_slots` gives them; slot s reads row s // slots_per_row of x.
-    activation is the source of a Triton function (see kernels/activation.py); without a gate it is given up twice.
+    activation is the source of a Triton function (see kernels/activation.py); without a gate it is given up twice. The
+    gate shares x and out_scale with up, and must be like it in memory: see :func:`alike`.
     """
     weight, arguments, strides = _prepare(operand)
-    gate_arguments, gate_strides = ([None] * 6, [0] * 10) if gate is None else _prepare(gate)[1:]
+    others: list[Tensor | None] = [None] * 4
+    if gate is not None:
+        require(alike(operand, gate), "gate", "other strides, bias or input than those of up", "those of up")
+        others = [*_prepare(gate)[0], gate.bias]
     out = operand.x.new_empty(order.shape[0], weight.n)
     _launch(
         up_kernel,
-        (order, offs, out, *gate_arguments, *arguments),
-        (slots_per_row, *gate_strides, *strides),
+        (order, offs, out, *arguments, *others),
+        (slots_per_row, *strides),
         out,
         weight,
-        up_config(triton.cdiv(order.shape[0], weight.experts), out.dtype),
+        gemm_config(triton.cdiv(order.shape[0], weight.experts), out.dtype),
+        columns=weight.n if gate is None else 2 * weight.n,
         ACTIVATION=compile_activation(activation),
     )
     return out
+
+
+def alike(a: Operand, b: Operand) -> bool:
+    """Whether one kernel can read both with the same input, strides and dtypes."""
+    same_input = a.x is b.x and a.out_scale is b.out_scale
+    return same_input and all(
+        (s is None and t is None)
+        or (s is not None and t is not None and (s.shape, s.stride(), s.dtype) == (t.shape, t.stride(), t.dtype))
+        for s, t in zip((*a[1:4], a.bias), (*b[1:4], b.bias), strict=True)
+    )
 
 
 def down(operand: Operand, order: Tensor, offs: Tensor) -> Tensor:
@@ -328,7 +317,7 @@ def down(operand: Operand, order: Tensor, offs: Tensor) -> Tensor:
     weight, arguments, strides = _prepare(operand)
     out = operand.x.new_empty(order.shape[0], weight.n)
     config = gemm_config(triton.cdiv(order.shape[0], weight.experts), out.dtype)
-    _launch(down_kernel, (order, offs, out, *arguments), strides, out, weight, config)
+    _launch(down_kernel, (order, offs, out, *arguments), strides, out, weight, config, columns=weight.n)
     return out
 
 
@@ -372,8 +361,16 @@ def _prepare(operand: Operand) -> tuple[Weight, list[Any], list[int]]:
 
 
 def _launch(
-    kernel: Any, pointers: Any, rest: Any, out: Tensor, weight: Weight, config: GemmConfig, **constants: Any
+    kernel: Any,
+    pointers: Any,
+    rest: Any,
+    out: Tensor,
+    weight: Weight,
+    config: GemmConfig,
+    columns: int,
+    **constants: Any,
 ) -> None:
+    """One program for each tile of slots and of the product's columns."""
     slots = out.shape[0]
     if out.numel() == 0:
         return
@@ -381,7 +378,7 @@ def _launch(
     groups = min(weight.experts + 1, slots)
     tiles_m = (slots + groups * (config.block_m - 1)) // config.block_m
     with torch.cuda.device_of(out):
-        kernel[(tiles_m * triton.cdiv(weight.n, config.block_n),)](
+        kernel[(tiles_m * triton.cdiv(columns, config.block_n),)](
             *pointers,
             slots,
             weight.n,
