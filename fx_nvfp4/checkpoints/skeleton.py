@@ -102,7 +102,7 @@ def _floating(dtype: Any) -> torch.dtype | None:
     return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else None
 
 
-def use_traceable_experts(model: torch.nn.Module) -> list[str]:
+def use_traceable_experts(model: Any) -> list[str]:
     """Switch transformers' experts to an implementation that traces, in place; both are served by our ops.
 
     The others do not: eager loops over the experts hit, which depend on data; the rest call kernels of their own.
