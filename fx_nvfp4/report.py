@@ -31,7 +31,7 @@ class Match:
     Attributes:
         where: module path, e.g. "model.layers.0.mlp.experts".
         weight: name of the codes or of the packed parameter, as far as the graph tells.
-        op: linear, batched, indexed or grouped (see :mod:`fx_nvfp4.ops`).
+        op: linear, batched, indexed, grouped, input_grad or moe (see :mod:`fx_nvfp4.ops`).
         experts: number of experts, 0 for a plain linear.
         n, k: output and input features of one weight.
         x: shape of the left operand; symbolic sizes by their names.

@@ -50,7 +50,9 @@ def _headline(report: Report) -> str:
     graphs = "1 graph" if report.graphs == 1 else f"{report.graphs} graphs"
     lifted = sum(b.lifted for b in report.blocks)
     blocks = f"{lifted} MoE block{'s' * (lifted != 1)} lifted, " if lifted else ""
-    return f"nvfp4_emu: {len(report.matched)} NVFP4 products in {graphs}, {blocks}{len(report.refused)} refused"
+    gradients = sum(m.op == "input_grad" for m in report.matched)
+    products = f"{len(report.matched)} NVFP4 products" + (f" ({gradients} of them gradients)" if gradients else "")
+    return f"nvfp4_emu: {products} in {graphs}, {blocks}{len(report.refused)} refused"
 
 
 def _matches(matched: Sequence[Match]) -> list[tuple[str, ...]]:

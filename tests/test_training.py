@@ -115,6 +115,7 @@ def test_gradients_are_those_of_eager_and_nothing_dense_is_made(style, graphs):
     assert ops_of(report) == sorted([STYLES[style], "input_grad"] * 2)
     assert not report.refused
     assert not report.notes
+    assert "4 NVFP4 products (2 of them gradients)" in str(report)
     assert graphs.largest < model.down_qdata.numel()
 
 
