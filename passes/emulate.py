@@ -19,7 +19,7 @@ from .lift import lift as lift_blocks
 from .nodes import hint
 from .place import origin, where
 from .rewrite import rewrite
-from .rewrite_grad import spell_out_fallback
+from .transformers_grad import spell_out_fallback
 from .verify import find_dequantized, find_spelled
 
 OP_NAMES = ("linear", "batched", "indexed", "grouped", "input_grad")

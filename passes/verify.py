@@ -25,7 +25,7 @@ def find_dequantized(graph: fx.Graph) -> Iterator[Refusal]:
             where(node),
             node.name,
             f"the packed weight {shape} is dequantised for {users or 'an output'}",
-            "use it in a matrix product that contracts K, or drop the call of dequantize()",
+            "use it in a matrix product, or drop the call of dequantize()",
         )
 
 
@@ -48,7 +48,7 @@ def find_spelled(graph: fx.Graph, recognise: Callable[[Node], object], known: se
                 where(node),
                 node.name,
                 f"an NVFP4 weight is dequantised for {', '.join(sorted(uses))}",
-                "use it in mm, bmm, addmm without alpha and beta, or a grouped product that contracts K",
+                "use it in mm, bmm, addmm without alpha and beta, or a grouped product",
             )
             continue
         for source in inputs_of(node):

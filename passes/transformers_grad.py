@@ -20,13 +20,7 @@ _FALLBACK_BACKWARD = "transformers::grouped_mm_fallback_backward"
 
 
 def spell_out_fallback(graph: fx.Graph, memo: Memo) -> None:
-    """Make the gradient of x a product of its own where transformers' fp32 grouped product returns it with another.
-
-    Before:  grouped_mm_fallback_backward(x, w, offs, grad)[0]
-    After:   grouped_mm_fallback(grad, w.transpose(1, 2), offs)
-
-    Done where w is packed and nobody reads its gradient, which the op computes all the same.
-    """
+    """Replace the backward op where w is packed and nobody reads its gradient, which the op computes all the same."""
     for node in list(graph.nodes):
         if not (isinstance(node.target, torch._ops.OpOverload) and node.target.name() == _FALLBACK_BACKWARD):
             continue
