@@ -38,6 +38,7 @@ class Candidate:
 
     weights: [T, A] or, where `per_expert`, [T, E], zero for experts that a token did not choose; None for no weights.
     choices: how many experts the ids choose from; those from `experts` on have no weights here.
+    distinct: whether the experts of one token are different ones, by the op that makes the ids.
     wraps: whether ids below zero count experts from the end.
     bias_owners: parameters that are the down bias of one expert -> the expert.
     """
@@ -49,7 +50,8 @@ class Candidate:
     per_expert: bool
     choices: int
     out: Node
-    wraps: bool = False
+    distinct: bool
+    wraps: bool
     bias_owners: Mapping[Node, int] = field(default_factory=dict)
 
     @property

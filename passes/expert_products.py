@@ -58,6 +58,11 @@ class ExpertProduct:
     def k(self) -> int:
         return shape_of(self.x)[-1]
 
+    @property
+    def inputs(self) -> list[Node]:
+        """What it takes but the weight: x, and ids or offs."""
+        return [self.x] if self.routing is None else [self.x, self.routing]
+
     def locate(self, index: Tensor, table: Callable[[Node], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """(row of x counted over all of its leading dims, expert or -1 for none, output feature) of result elements.
 

@@ -97,7 +97,10 @@ class Tracer(Walk):
             condition = self._inputs[key][0]
             if not self.belongs_to_tokens(condition[0]):
                 return self._term(self._side(node, key, condition), ups, found)
-        terms = [self._term(k, ups, found) for k in self._inputs[key]]
+        inputs = self._inputs[key]
+        if MOVES.of(node):  # indices are followed, and no values
+            inputs = [k for k in inputs if self.belongs_to_tokens(k[0])]
+        terms = [self._term(k, ups, found) for k in inputs]
         if MOVES.of(node) or node.target in (prims.convert_element_type.default, aten._to_copy.default):
             if len(terms) != 1:
                 raise Refused(f"the activation puts {node.name} together from several parts", _ADVICE)

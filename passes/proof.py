@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Node
 
@@ -17,7 +18,7 @@ from fx_nvfp4.activation import parse
 from .block import Block, Candidate
 from .combine import Combine
 from .found import Refused
-from .nodes import Sizes, assuming, elements, is_size, shape_of
+from .nodes import Sizes, assuming, elements, is_size, is_tensor, shape_of
 from .routing import Routing
 from .rows import Rows, Setting, follow
 from .worlds import World, make_world, sizes_to_try
@@ -36,7 +37,10 @@ def prove(candidate: Candidate) -> Block:
                     found = _try(candidate, nodes, _ROUTINGS * number + seed, sizes)
                 block = found if block is None else _both(block, found)
     assert block is not None
-    _check_zero_slots(block)
+    if None in block.gatings:
+        raise Refused("not all experts are used", "give every expert its rows")
+    if any(not g.same_as(block.gating) for g in block.gatings if g is not None):
+        raise Refused("experts have different activations", "give all experts of a block the same")
     return block
 
 
@@ -45,7 +49,7 @@ def _try(c: Candidate, nodes: frozenset[Node], seed: int, sizes: Sizes) -> Block
     if c.tokens * c.slots != elements(c.ids) or c.tokens * c.features != elements(c.out):
         raise Refused(f"{c.ids.name} and {c.out.name} have other numbers of tokens than {c.x.name}", "")
     dtype = torch.float32 if c.weights is None else c.weights.meta["val"].dtype
-    world = make_world(c.tokens, c.slots, c.choices, dtype, seed)
+    world = make_world(c.tokens, c.slots, c.choices, dtype, seed, c.distinct)
     if c.weights is None:
         world = World(world.ids, torch.ones_like(world.arbitrary), torch.ones_like(world.exact))
     given = {c.ids: world.ids.reshape(shape_of(c.ids)).to(c.ids.meta["val"].dtype)}
@@ -54,6 +58,8 @@ def _try(c: Candidate, nodes: frozenset[Node], seed: int, sizes: Sizes) -> Block
         given[c.weights] = weights.reshape(shape_of(c.weights))
     share = world.spread(world.arbitrary.double(), c.experts)
     chosen = world.spread(torch.ones(world.ids.shape), c.experts) > 0
+    if c.per_expert:
+        _check_zero_elsewhere(c, given[c.ids], world, sizes)
     routing = Routing(given, nodes, sizes)
     setting = Setting(c, world, nodes, routing, share, chosen, torch.Generator().manual_seed(seed))
     combine = Combine(setting)
@@ -63,9 +69,39 @@ def _try(c: Candidate, nodes: frozenset[Node], seed: int, sizes: Sizes) -> Block
     weighted = {r.weighted for r in rows.values()} - {""}
     if len(weighted) != 1:
         raise Refused("some rows are weighted before the products and others after", "weight all of them alike")
-    combine.check(rows, min(weighted))
     gatings = tuple(r.gating for r in rows.values())
-    return Block(c, gatings, weighted.pop(), tuple(combine.biases), _is_dense(setting, rows))
+    block = Block(c, gatings, weighted.pop(), tuple(combine.biases), _is_dense(setting, rows))
+    if block.dense:
+        _check_zero_slots(block)
+    combine.check(rows, block.weighted)
+    return block
+
+
+def _check_zero_elsewhere(c: Candidate, ids: Tensor, world: World, sizes: Sizes) -> None:
+    """Weights of all experts must be zero where ids say so, whatever else they are computed from."""
+    assert c.weights is not None
+    follows = {c.ids}
+    for node in _between(c.ids.graph, follows, c.weights):
+        if any(source in follows for source in node.all_input_nodes):
+            follows.add(node)
+    if c.weights not in follows:
+        raise Refused(f"{c.weights.name} are weights of all experts, not of those chosen by {c.ids.name}", "")
+    roots, stack, seen = {c.ids: ids}, [c.weights], {c.weights}
+    generator = torch.Generator().manual_seed(len(ids))
+    while stack:
+        for source in stack.pop().all_input_nodes:
+            if source in seen or source is c.ids or is_size(source):
+                continue
+            seen.add(source)
+            if source in follows:
+                stack.append(source)
+            elif is_tensor(source) and source.meta["val"].is_floating_point():
+                value = torch.randn(shape_of(source), generator=generator)
+                roots[source] = value.to(source.meta["val"].dtype)
+    share = Routing(roots, frozenset(), sizes).value(c.weights).reshape(-1, c.experts)
+    chosen = world.spread(torch.ones(world.ids.shape), c.experts) > 0
+    if not bool((share[~chosen] == 0).all()):
+        raise Refused(f"{c.weights.name} are not zero for experts that {c.ids.name} did not choose", "")
 
 
 def _is_dense(s: Setting, rows: dict[Node, Rows]) -> bool:
@@ -94,25 +130,20 @@ def _both(a: Block, b: Block) -> Block:
 
 def _check_zero_slots(block: Block) -> None:
     """Experts that see tokens which did not choose them, times a weight of zero, must give zero."""
-    gatings = [g for g in block.gatings if g is not None]
-    if len(gatings) != len(block.gatings):
-        raise Refused("not all experts are used", "give every expert its rows")
-    if any(not g.same_as(gatings[0]) for g in gatings):
-        raise Refused("experts have different activations", "give all experts of a block the same")
-    if not block.dense:
-        return
-    if any("dynamic" in (p.activations) for unit in block.candidate.units for p in unit.products):
+    if any(p.activations == "dynamic" for unit in block.candidate.units for p in unit.products):
         what = "dynamic activation scales are taken over tokens that did not choose the expert"
         raise Refused(what, "use static scales, or multiply each expert by its own tokens alone")
-    if block.weighted == "input":
-        zero = parse(gatings[0].activation).evaluate(
-            None if gatings[0].layout == "plain" else torch.zeros(1), torch.zeros(1)
-        )
-        if bool(zero != 0) or block.down_biases or any(up.bias is not None for g in gatings for up in g.ups):
-            raise Refused(
-                "tokens that did not choose an expert enter it as zeros, and do not leave it as zeros",
-                "weight the output, or use no bias and an activation that keeps zeros",
-            )
+    if block.weighted == "output":
+        return
+    gatings, zero = [g for g in block.gatings if g is not None], torch.zeros(1)
+    at_zero = [parse(g.activation).evaluate(None if g.layout == "plain" else zero, zero) for g in gatings]
+    if (
+        any(bool(h != 0) for h in at_zero)
+        or block.down_biases
+        or any(u.bias is not None for g in gatings for u in g.ups)
+    ):
+        what = "tokens that did not choose an expert enter it as zeros, and do not leave it as zeros"
+        raise Refused(what, "weight the output, or use no bias and an activation that keeps zeros")
 
 
 def _token_nodes(c: Candidate) -> frozenset[Node]:

@@ -6,8 +6,8 @@ After:   candidates, the likeliest first; `proof` tells which of them is a block
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,14 +17,28 @@ from torch.fx import Node
 from .block import Candidate, Unit
 from .expert_products import ExpertProduct, expert_product
 from .nodes import arguments, elements, is_size, is_tensor, shape_of
+from .routing import Routing
 from .sample import MOVES
 
 aten = torch.ops.aten
 
 _MOST_NODES = 4000  # of routing, or between two products
-_MOST_JOINS = 8  # places where all of a block comes together that are tried as its end
+_MOST_SLOTS = 64
+_MOST_JOINS = 8  # steps after all of a block has come together, at which it may end
 _PRODUCTS = {aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default, aten._grouped_mm.default}
-_CHOOSING = {aten.topk.default: "k", aten.sort.default: "", aten.sort.stable: ""}
+_CHOOSING = {
+    *(aten.topk.default, aten.sort.default, aten.sort.stable, aten.argsort.default, aten.argsort.stable),
+    *(aten.argmax.default, aten.max.dim),
+}
+_SAME_INTEGERS = {
+    *(aten.view.default, aten.reshape.default, aten.clone.default, aten.slice.Tensor, aten.alias.default),
+    *(aten.unsqueeze.default, aten.squeeze.dim, torch.ops.prims.convert_element_type.default, aten.detach.default),
+}
+_SAME_ORDER = {
+    *(aten.view.default, aten.reshape.default, aten.clone.default, aten.alias.default, aten.detach.default),
+    *(aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default),
+}
+_CASTS = {torch.ops.prims.convert_element_type.default, aten._to_copy.default}
 
 
 def find_units(graph: fx.Graph) -> list[tuple[Unit, ...]]:
@@ -154,39 +168,86 @@ def joins(units: tuple[Unit, ...]) -> Iterator[Node]:
             continue
         open_ends = [n for n, left in waiting.items() if left and n is not node]
         if not open_ends and node not in downs and is_tensor(node) and node.meta["val"].is_floating_point():
-            found += 1
+            found += MOVES.of(node) is None
             yield node
-
-
-@dataclass(frozen=True)
-class Ends:
-    """Nodes that may be a block's ids, their expert count, its x, and its weights."""
-
-    ids: Node
-    choices: int
-    x: Node
 
 
 def candidates(units: tuple[Unit, ...]) -> Iterator[Candidate]:
     """Where the block of some units may lie, the likeliest first."""
-    ends = list(joins(units))
-    if not ends:
-        return
-    x = _data(units[0].ups[0])
-    inside = _inside(units, ends[-1])
-    outside = {n for node in inside for n in node.all_input_nodes if n not in inside and n is not x}
-    cone = _routing_cone(outside, x)
-    for source in integer_sources(outside):
-        ids_like = [n for n in cone if _may_be_ids(n, source, x, units[0].ups[0].k)]
-        for ids in ids_like[:3]:
-            for weights, per_expert in _weights(cone, ids, units, x):
-                for out in ends:
-                    k, features = units[0].ups[0].k, units[0].down.rows
-                    if elements(out) * k == elements(x) * features:
-                        choices = _choices(source)
-                        wraps = choices is None and any(p.kind == "indexed" for u in units for p in u.products)
-                        experts = units[0].down.experts or len(units)
-                        yield Candidate(units, x, ids, weights, per_expert, choices or experts, out, wraps)
+    x, k, features = _data(units[0].ups[0]), units[0].ups[0].k, units[0].down.rows
+    tokens, experts = elements(x) // k, units[0].down.experts or len(units)
+    for out in joins(units):
+        if not tokens or elements(out) * k != elements(x) * features:
+            continue
+        inside = _inside(units, out)
+        outside = _outside(units, inside) - {x}
+        cone = _routing_cone(outside, x)
+        for ids in _ids(cone, outside, inside, tokens):
+            choices = _choices(ids)
+            distinct = choices is not None or elements(ids) == tokens
+            wraps = choices is None and any(p.kind == "indexed" for u in units for p in u.products)
+            for weights, per_expert in _weights(cone, outside, inside, ids, tokens * experts):
+                yield Candidate(units, x, ids, weights, per_expert, choices or experts, out, distinct, wraps)
+
+
+def _outside(units: tuple[Unit, ...], inside: set[Node]) -> set[Node]:
+    """What nodes inside are computed from besides each other and packed weights."""
+    products = {p.node: p for unit in units for p in unit.products}
+    below = (products[n].inputs if n in products else n.all_input_nodes for n in inside)
+    return {n for nodes in below for n in nodes if n not in inside}
+
+
+def _ids(cone: list[Node], outside: set[Node], inside: set[Node], tokens: int) -> Iterator[Node]:
+    """Integers of a few for each token, from which all others in the block follow, the earliest first."""
+    integers = [n for n in outside if not is_size(n) and is_tensor(n) and not n.meta["val"].is_floating_point()]
+    for node in reversed(cone):
+        fits = node.meta["val"].dtype in (torch.int64, torch.int32) and elements(node) and not elements(node) % tokens
+        if not fits or node.target in _SAME_ORDER or elements(node) // tokens > _MOST_SLOTS:
+            continue
+        if not _follow([node], (), inside) and _follow(integers, (node,), inside):
+            yield node
+
+
+def _weights(
+    cone: list[Node], outside: set[Node], inside: set[Node], ids: Node, spread: int
+) -> Iterator[tuple[Node | None, bool]]:
+    """Nodes that may hold the routing weights: of slots, the latest first, then of all experts, then none.
+
+    All routing in the block must follow from them and the ids.
+    """
+    routing = [n for n in outside if is_tensor(n) and not _is_parameter(n)]
+    if _follow(routing, (ids,), inside):
+        yield None, False
+    for per_expert, size in ((False, elements(ids)), (True, spread)):
+        for node in cone:
+            fits = node.meta["val"].is_floating_point() and elements(node) == size and node.target not in _SAME_ORDER
+            if fits and _follow(routing, (ids, node), inside) and not (per_expert and _apart(ids, node)):
+                yield node, per_expert
+
+
+def _apart(ids: Node, weights: Node) -> bool:
+    """Whether weights are computed without ids."""
+    stack, seen = [weights], {weights}
+    while stack:
+        new = [n for n in stack.pop().all_input_nodes if n not in seen]
+        if ids in new:
+            return False
+        seen.update(n for n in new if n.target not in _PRODUCTS)
+        stack += [n for n in new if n.target not in _PRODUCTS]
+    return True
+
+
+def _follow(nodes: Iterable[Node], given: tuple[Node, ...], inside: set[Node]) -> bool:
+    """Whether nodes are computed from what is given alone."""
+    routing = Routing(dict.fromkeys(given), frozenset(inside), {})
+    return all(routing.foreign(node) is None for node in nodes)
+
+
+def _is_parameter(node: Node) -> bool:
+    """Whether a node is a float input of the graph, or a view or cast of one, such as a bias."""
+    while node.op == "call_function" and (MOVES.of(node) is not None or node.target in _CASTS) and is_tensor(node):
+        node = node.all_input_nodes[0]
+    return node.op in ("placeholder", "get_attr") and is_tensor(node) and node.meta["val"].is_floating_point()
 
 
 def _inside(units: tuple[Unit, ...], last: Node) -> set[Node]:
@@ -199,42 +260,47 @@ def _inside(units: tuple[Unit, ...], last: Node) -> set[Node]:
             break
     for unit in units:
         for up in unit.ups:
-            found.update(_path(up))
+            found.update(_path(up.x)[:-1])
     return found
 
 
-def _path(up: ExpertProduct) -> list[Node]:
-    """Nodes from an up product's x back to the tokens: moves, and products with broadcast weights."""
-    path, node = [], up.x
+def _path(node: Node) -> list[Node]:
+    """Nodes from an up product's x back to the tokens: moves, and casts and weights where that leads to fewer rows."""
+    path = [node]
     while node.op == "call_function" and is_tensor(node):
         source = _moved(node)
         if source is None:
-            break
-        path.append(node)
+            beyond = _path(inner) if (inner := _computed(node)) is not None else [node]
+            return path + beyond if elements(beyond[-1]) < elements(node) else path
+        path.append(source)
         node = source
-    return [*path, node]
+    return path
 
 
 def _moved(node: Node) -> Node | None:
-    """What a node holds rows of."""
-    if node.target in (aten.cat.default,):
+    """What a node holds rows of, as they are."""
+    if node.target is aten.cat.default:
         return max(arguments(node).tensors, key=elements)
+    if node.target is aten.index_put.default or node.target is aten.slice_scatter.default:
+        return None
     if MOVES.of(node) is not None and node.target not in (aten.slice.Tensor, aten.select.int):
         source = node.all_input_nodes[0]
         return source if is_tensor(source) and source.meta["val"].is_floating_point() else None
-    if node.target is aten.mul.Tensor:
-        sides = [n for n in node.args if is_tensor(n)]
-        smaller = [n for n in sides if elements(n) < elements(node)]  # type: ignore[arg-type]
-        rows = [n for n in sides if shape_of(n)[-1:] == shape_of(node)[-1:]]  # type: ignore[arg-type]
-        return rows[0] if len(smaller) == len(sides) == 2 and len(rows) == 1 else None  # type: ignore[return-value]
-    if node.target is aten.where.self:
-        sides = [n for n in node.args[1:] if is_tensor(n)]
+    return None
+
+
+def _computed(node: Node) -> Node | None:
+    """What a node holds rows of, cast, masked or multiplied by a number for each."""
+    if node.target in _CASTS:
+        return node.all_input_nodes[0]
+    sides = [n for n in node.args if is_tensor(n) and n.meta["val"].is_floating_point()]  # type: ignore[union-attr]
+    if node.target is aten.mul.Tensor or node.target is aten.where.self:
         return max(sides, key=elements, default=None)  # type: ignore[arg-type,return-value]
     return None
 
 
 def _data(up: ExpertProduct) -> Node:
-    return _path(up)[-1]
+    return _path(up.x)[-1]
 
 
 def _routing_cone(outside: set[Node], x: Node) -> list[Node]:
@@ -251,27 +317,15 @@ def _routing_cone(outside: set[Node], x: Node) -> list[Node]:
     return sorted((n for n in seen if is_tensor(n)), key=order.__getitem__, reverse=True)
 
 
-def _may_be_ids(node: Node, source: Node, x: Node, k: int) -> bool:
-    val = node.meta["val"]
-    return node is source and val.dtype in (torch.int64, torch.int32) and elements(node) % max(elements(x) // k, 1) == 0
-
-
-def _choices(source: Node) -> int | None:
-    """How many experts ids choose from, where the op that makes them tells."""
-    call = source.args[0] if source.args and isinstance(source.args[0], Node) else source
-    if call.target in (aten.topk.default, aten.sort.default, aten.sort.stable):
+def _choices(ids: Node) -> int | None:
+    """How many experts ids choose from, where they come from an op that gives different ones to each token."""
+    while ids.target in _SAME_INTEGERS and is_tensor(ids.args[0]):
+        ids = ids.args[0]  # type: ignore[assignment]
+    call = ids.args[0] if ids.target is operator.getitem and ids.args[1] == 1 else ids
+    if isinstance(call, Node) and call.target in _CHOOSING:
         a = arguments(call)
-        return shape_of(a.self)[a.dim]
+        if a.dim % len(shape_of(a.self)) == len(shape_of(a.self)) - 1 and not isinstance(
+            a.self.meta["val"].shape[-1], torch.SymInt
+        ):
+            return shape_of(a.self)[-1]
     return None
-
-
-def _weights(cone: list[Node], ids: Node, units: tuple[Unit, ...], x: Node) -> Iterator[tuple[Node | None, bool]]:
-    """Nodes that may hold the routing weights: of slots, the latest first, then of all experts, then none."""
-    tokens = elements(x) // units[0].ups[0].k
-    experts = units[0].down.experts or len(units)
-    floats = [n for n in cone if n.meta["val"].is_floating_point()]
-    for per_expert, size in ((False, elements(ids)), (True, tokens * experts)):
-        for node in floats:
-            if elements(node) == size and node.target is not aten.unsqueeze.default:
-                yield node, per_expert
-    yield None, False

@@ -37,19 +37,25 @@ class World:
         return share.scatter_add(1, torch.where(inside, self.ids, 0), torch.where(inside, weights, 0))
 
 
-def make_world(tokens: int, slots: int, choices: int, dtype: torch.dtype, seed: int) -> World:
-    """Distinct experts for every token: at random for even seeds; for odd ones half of the tokens crowd on the first
-    experts and half on the last, so that others have none.
+def make_world(
+    tokens: int, slots: int, choices: int, dtype: torch.dtype, seed: int, distinct: bool = True
+) -> World:
+    """Experts at random for even seeds; for odd ones half of the tokens crowd on the first experts and half on the
+    last, so that others have none.
 
     Args:
         choices: how many experts there are to choose from.
         dtype: of the weights.
+        distinct: whether a token's experts are different ones; if not, some are the same, and some are none at all.
     """
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.rand(tokens, choices, generator=generator).topk(slots, dim=1).indices
-    if seed % 2:
+    if not distinct:
+        ids = torch.randint(0, choices + 1, (tokens, slots), generator=generator)
+    elif seed % 2:
         crowd = (torch.arange(slots) + torch.arange(tokens)[:, None]) % slots
         ids = torch.where(torch.arange(tokens)[:, None] % 2 == 0, crowd, choices - 1 - crowd)
+    else:
+        ids = torch.rand(tokens, choices, generator=generator).topk(slots, dim=1).indices
     sign = torch.randint(0, 2, (tokens, slots), generator=generator) * 2 - 1
     arbitrary = (torch.rand(tokens, slots, generator=generator) + 0.05) * sign
     exact = torch.exp2(-torch.randint(0, 2, (tokens, slots), generator=generator).double()) * sign.roll(1, 0)
