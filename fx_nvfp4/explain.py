@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from .backend import collect_reports, nvfp4_emu
 from .graph_breaks import BreakLog
 from .lowering import compat
+from .preparation.candidates import find_lists
 from .report import ROOT, Cost, GraphBreak, Refusal, Report, module_path
 from .tensor import NVFP4Weight
 from .torchao_interop import is_torchao_nvfp4
@@ -170,4 +171,8 @@ def _hints(model: object, report: Report) -> list[str]:
         )
     if report.graphs > 1:
         hints.append(f"Dynamo split the model into {report.graphs} graphs")
+    lists = [path for path, _ in find_lists(model)] if isinstance(model, torch.nn.Module) else []
+    if lists and not any("fx_nvfp4.prepare" in b.advice for b in report.blocks):
+        which = f"{lists[0]} and {len(lists) - 1} more lists hold" if len(lists) > 1 else f"{lists[0]} holds"
+        hints.append(f"{which} packed experts one by one; fx_nvfp4.prepare(model) makes each list one op")
     return hints

@@ -236,7 +236,7 @@ def test_weights_move_one_projection_at_a_time(monkeypatch):
 
     class Mallinfo(ctypes.Structure):
         names = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keep")
-        _fields_ = [(name, ctypes.c_size_t) for name in names]  # noqa: RUF012
+        _fields_ = [(name, ctypes.c_size_t) for name in names]
 
     libc.mallinfo2.restype = Mallinfo
 
@@ -477,3 +477,11 @@ def test_experts_that_are_not_called():
             return sum(nn.functional.linear(x, e.up_proj.weight) for e in self.experts)
 
     assert "does not call its experts" in left_alone(Direct().eval())
+
+
+def test_explain_names_lists_that_prepare_would_fuse():
+    module = parents.SortedByNumpy().eval()
+    x = hidden_states(2, 4)
+    hint = "fx_nvfp4.prepare(model)"
+    assert any(hint in note and "experts" in note for note in fx_nvfp4.explain(module, x).notes)
+    assert not any(hint in note for note in fx_nvfp4.explain(prepared(module), x).notes)

@@ -47,7 +47,9 @@ ALLOWED = {
         *("debug_files", "kernel_choice", "lowering", "passes", "report", "tables"),
         *("tensor", "torchao_dispatch", "torchao_interop"),
     },
-    "explain": {"backend", "graph_breaks", "lowering", "report", "tensor", "torchao_interop"},
+    "explain": {
+        *("backend", "graph_breaks", "lowering", "preparation", "report", "tensor", "torchao_interop"),
+    },
     "checkpoints": {"checkpoints", "format", "dialects", "tensor", "dispatch", "torchao_interop"},
     "checkpoint": {"checkpoints", "format", "dialects", "tensor", "dispatch", "torchao_interop"},
 }
