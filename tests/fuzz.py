@@ -3,8 +3,8 @@
     python tests/fuzz.py --count 5000 --seed 0
 
 Case n of a run is that of the seed, seed + n, whatever comes before it: `--seed S --count 1` repeats one. What came of
-each graph is counted: "lifted", "rewritten", "refused" with its reasons, or a bug, and then the line to repeat it is
-printed: "DIFFERENT" from eager, "SILENT" dequantisation, "CRASH".
+each graph is counted: "lifted", "rewritten", "refused" with its reasons, "upstream" where PyTorch cannot trace or run it
+either, or a bug, and then the line to repeat it is printed: "DIFFERENT" from eager, "SILENT" dequantisation, "CRASH".
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from moe_zoo import ACTIVATIONS, Recipe, packings, unsupported
-from zoo_checks import Outcome, check
+from moe_zoo import ACTIVATIONS, MoE, Recipe, packings, unsupported
+from zoo_checks import Outcome, capturing, check, tokens
 from zoo_routing import ROUTINGS, TOP_1
-from zoo_styles import LOOPS, STYLES
+from zoo_styles import DATA_DEPENDENT, LOOPS, STYLES
 from zoo_weights import NEAR_MISSES, PACKINGS
 
 # field of Recipe -> what it may be; repeated for what is to be met more often
@@ -105,12 +105,29 @@ def _packing(rng: random.Random) -> str:
 
 
 def run(case: Case) -> Outcome:
-    """The outcome of a case; whatever is raised, by eager or compiled, is a crash."""
+    """The outcome of a case; whatever is raised is a crash, unless PyTorch raises it without us ("upstream")."""
     try:
         return check(case.recipe, case.shapes, case.dynamic)
     except Exception as error:
-        text = str(error).strip().splitlines() or [""]
-        return Outcome("CRASH", detail=f"{type(error).__name__}: {text[0][:300]}")
+        text = [line for line in str(error).splitlines() if line.strip()] or [""]
+        detail = f"{type(error).__name__}: {' '.join(text[:2])[:300]}"
+    return Outcome("CRASH" if _runs_without_us(case) else "upstream", detail=detail)
+
+
+def _runs_without_us(case: Case) -> bool:
+    """Whether eager and PyTorch's own backend that runs a traced graph op by op can do it."""
+    torch._dynamo.reset()
+    model = MoE(case.recipe).requires_grad_(False)
+    symbols = case.dynamic != "no"
+    traced = torch.compile(model, backend="aot_eager_decomp_partition", fullgraph=True, dynamic=symbols)
+    with torch.no_grad(), capturing(case.recipe.style in DATA_DEPENDENT):
+        try:
+            for shape in case.shapes:
+                x = tokens(case.recipe, *shape)
+                model(x), traced(x)
+        except Exception:
+            return False
+    return True
 
 
 def outcomes(seed: int, count: int) -> Iterator[tuple[Case, Outcome]]:
