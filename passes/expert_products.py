@@ -7,7 +7,7 @@ After:   expert 3 of the weight (qdata, block_scale, global_scale), for every ro
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,24 +99,24 @@ def expert_product(node: Node) -> ExpertProduct | None:
         return None
     a = arguments(node)
     routing = {"indexed": getattr(a, "ids", None), "grouped": getattr(a, "offs", None)}.get(kind)
-    parts: Parts = (a.qdata, a.block_scale, a.global_scale)
-    rows, expert, first, act_scale = shape_of(parts[0])[-2], None, 0, a.act_scale
-    if (sliced := [_sliced(p, d) for p, d in zip(parts, (-2, -2, -1), strict=True)]) and None not in sliced:
-        wholes, starts = zip(*sliced, strict=True)  # type: ignore[arg-type]
-        if len(set(starts)) == 1:
-            parts, first = wholes, starts[0]
-    if kind == "linear":
-        if merged := _merged(parts):
-            parts, kind, rows = merged, "merged", shape_of(merged[0])[1]
-        elif (chosen := [_selected(p) for p in parts]) and None not in chosen:
-            wholes, numbers = zip(*chosen, strict=True)  # type: ignore[arg-type]
-            whole_scale = _selected(act_scale) if act_scale is not None else None
-            if len(set(numbers)) == 1 and (whole_scale is None or whole_scale[1] == numbers[0]):
-                parts, expert = wholes, numbers[0]
-                act_scale = whole_scale[0] if whole_scale else act_scale
-    return ExpertProduct(
-        node, kind, a.x, parts, expert, first, rows, routing, act_scale, a.activations, a.dialect
-    )  # fmt: skip
+    parts, act_scale, expert, first = (a.qdata, a.block_scale, a.global_scale), a.act_scale, None, 0
+    rows = shape_of(a.qdata)[-2]
+    if sliced := _alike([_sliced(part, dim) for part, dim in zip(parts, (-2, -2, -1), strict=True)]):
+        parts, first = sliced
+    if kind == "linear" and (merged := _alike([_merged(part) for part in parts])):
+        (parts, (_, rows)), kind = merged, "merged"
+    elif kind == "linear" and (selected := _alike([_selected(part) for part in parts])):
+        scale = _selected(act_scale) or (act_scale, selected[1])  # one for all experts, if it is not selected
+        if scale[1] == selected[1]:
+            (parts, expert), act_scale = selected, scale[0]
+    return ExpertProduct(node, kind, a.x, parts, expert, first, rows, routing, act_scale, a.activations, a.dialect)
+
+
+def _alike(found: Sequence[tuple[Node, Any] | None]) -> tuple[Parts, Any] | None:
+    """The wholes that parts are taken from, if all are taken alike, and how."""
+    wholes, ways = [f[0] for f in found if f], [f[1] for f in found if f]
+    same = len(ways) == len(found) and all(way == ways[0] for way in ways)
+    return (tuple(wholes), ways[0]) if same else None  # type: ignore[return-value]
 
 
 def own_parts(product: ExpertProduct) -> Parts:
@@ -125,34 +125,44 @@ def own_parts(product: ExpertProduct) -> Parts:
     return a.qdata, a.block_scale, a.global_scale
 
 
+def _bare(part: Any) -> Any:
+    """A part without the views that tell float8_e4m3fn from its bytes."""
+    while is_tensor(part) and part.target is aten.view.dtype and _width(part) == _width(part.args[0]):
+        part = part.args[0]
+    return part
+
+
+def _width(node: Node) -> int:
+    return node.meta["val"].dtype.itemsize
+
+
 def _sliced(part: Node, dim: int) -> tuple[Node, int] | None:
     """(what a part is some of the rows of, first of these)."""
+    part = _bare(part)
     if part.target is not aten.slice.Tensor:
         return None
-    a = arguments(part)
-    fits = a.dim % len(shape_of(part)) == dim % len(shape_of(part)) and a.step == 1
-    return (a.self, a.start or 0) if fits and isinstance(a.start or 0, int) and (a.start or 0) >= 0 else None
+    a, rank = arguments(part), len(shape_of(part))
+    start = a.start or 0
+    fits = a.dim % rank == dim % rank and a.step == 1 and isinstance(start, int) and start >= 0
+    return (_bare(a.self), start) if fits else None
 
 
 def _selected(part: Any) -> tuple[Node, int] | None:
     """(what a part is one expert's of, the expert)."""
+    part = _bare(part)
     if not is_tensor(part) or part.target is not aten.select.int:
         return None
-    a = arguments(part)
-    whole = shape_of(a.self)
+    a, whole = arguments(part), shape_of(arguments(part).self)
     fits = a.dim == 0 and isinstance(a.index, int) and len(whole) == len(shape_of(part)) + 1
-    return (a.self, a.index % whole[0]) if fits else None
+    return (_bare(a.self), a.index % whole[0]) if fits else None
 
 
-def _merged(parts: Parts) -> Parts | None:
-    """[E, N, ..] of parts that are views [E * N, ..] of it."""
-    wholes = []
-    for part in parts:
-        if part.target not in (aten.view.default, aten.reshape.default):
-            return None
-        whole = part.args[0]
-        shape = shape_of(whole)  # type: ignore[arg-type]
-        if len(shape) != len(shape_of(part)) + 1 or (math.prod(shape[:2]), *shape[2:]) != shape_of(part):
-            return None
-        wholes.append(whole)
-    return tuple(wholes) if len({shape_of(w)[:2] for w in wholes}) == 1 else None  # type: ignore[return-value,arg-type]
+def _merged(part: Node) -> tuple[Node, tuple[int, ...]] | None:
+    """([E, N, ..], (E, N)) of a part that is a view [E * N, ..] of it."""
+    part = _bare(part)
+    if part.target not in (aten.view.default, aten.reshape.default):
+        return None
+    whole: Node = part.args[0]  # type: ignore[assignment]
+    shape = shape_of(whole)
+    fits = len(shape) == len(shape_of(part)) + 1 and (math.prod(shape[:2]), *shape[2:]) == shape_of(part)
+    return (_bare(whole), shape[:2]) if fits else None

@@ -20,11 +20,11 @@ from .block import Block, Candidate, Unit
 from .emitter import CannotRewriteError, Emitter, shape
 from .expert_products import own_parts
 from .found import Refused
-from .nodes import hint, same_size
+from .nodes import arguments, hint, same_size, shape_of
 from .place import origin, where
 from .proof import prove
 from .sample import Unsupported
-from .search import candidates, find_units
+from .search import candidates, find_units, why_none
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -48,7 +48,7 @@ def lift(graph: fx.Graph, names: Mapping[Node, str]) -> Lifted:
         graph: with products rewritten to fx_nvfp4 ops.
         names: what placeholders are called in the user's model.
     """
-    entries: list[report.Block] = []
+    entries = [_fused_entry(n, names) for n in graph.find_nodes(op="call_function", target=moe)]
     products: set[Node] = set()
     found = [(units, _find(units)) for units in find_units(graph)]  # before any of them is replaced
     replaced: dict[Node, Node] = {}
@@ -71,6 +71,9 @@ def _find(units: tuple[Unit, ...]) -> Block | Refused:
     """The block of some units, or why there is none: the reason of the likeliest candidate."""
     if units[0].down.experts == 0:
         return Refused(f"its {len(units)} experts are weights by themselves", _PREPARE)
+    if len(units) > 1 and sorted(u.expert or 0 for u in units) != list(range(units[0].down.experts)):
+        used, all_of = [u.expert for u in units], units[0].down.experts
+        return Refused(f"of {all_of} experts {used} are multiplied, in products of their own", "use each expert once")
     reason: Refused | None = None
     for candidate in candidates(units):
         try:
@@ -79,7 +82,7 @@ def _find(units: tuple[Unit, ...]) -> Block | Refused:
             reason = reason or refused
         except Unsupported as error:
             reason = reason or Refused(str(error), "")
-    return reason or Refused("its values are used outside of it, or its experts are not chosen by ids", "")
+    return reason or why_none(units)
 
 
 def _entry(units: tuple[Unit, ...], block: Block | Refused, names: Mapping[Node, str]) -> report.Block:
@@ -91,6 +94,14 @@ def _entry(units: tuple[Unit, ...], block: Block | Refused, names: Mapping[Node,
     weights = tuple(dict.fromkeys(origin(p.parts[0], names) for p in first.products))
     activation, slots = block.gating.activation, block.candidate.slots
     return report.Block(at, True, experts, slots, activation, "dense" if block.dense else style, weights=weights)
+
+
+def _fused_entry(node: Node, names: Mapping[Node, str]) -> report.Block:
+    """Of an op that the model has called itself."""
+    a = arguments(node)
+    weights = tuple(origin(codes, names) for codes in (*a.up_qdata, a.down_qdata))
+    experts, slots = shape_of(a.down_qdata)[0], shape_of(a.ids)[1]
+    return report.Block(where(node), True, experts, slots, a.activation, "fused", weights=weights)
 
 
 def _emit(graph: fx.Graph, block: Block, replaced: Mapping[Node, Node]) -> Node:
@@ -161,14 +172,15 @@ def _operands(emit: Emitter, block: Block) -> dict[str, Any]:
     if len({p.activations for p in ups}) > 1 or len({p.dialect for p in quantised}) > 1:
         raise CannotRewriteError("products of one block quantise activations differently", "give them one rule")
     down_parts = down.parts if down.kind == "linear" else own_parts(down)
-    if (found := hint(shape(down_parts[0])[1])) != down.rows:
-        raise CannotRewriteError(f"only {down.rows} of {found} rows of a weight are used", "use all of them")
+    for part, rows in ((down_parts[0], down.rows), *((up.parts[0], None) for up in gating.ups)):
+        if len(shape(part)) != 3 or rows not in (None, hint(shape(part)[1])):
+            raise CannotRewriteError(f"only some rows of a weight {shape(part)} are used", "use all of them")
     names = ("qdata", "block_scale", "global_scale")
     parts: dict[str, Any] = {f"up_{name}": [up.parts[i] for up in gating.ups] for i, name in enumerate(names)}
     parts.update({f"down_{name}": part for name, part in zip(names, down_parts, strict=True)})
-    biases = [up.bias for up in gating.ups]
-    rows = [hint(shape(up.parts[0])[1]) for up in gating.ups]
-    up_bias = [_bias(emit, b, c, n) for b, n in zip(biases, rows, strict=True)] if any(biases) else None
+    up_bias = None
+    if any(up.bias for up in gating.ups):
+        up_bias = [_bias(emit, up.bias, c, hint(shape(up.parts[0])[1])) for up in gating.ups]
     down_bias = _bias(emit, block.down_biases[0], c, down.rows) if block.down_biases else None
     return {
         **parts,

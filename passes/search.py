@@ -16,6 +16,7 @@ from torch.fx import Node
 
 from .block import Candidate, Unit
 from .expert_products import ExpertProduct, expert_product
+from .found import Refused
 from .nodes import arguments, elements, is_size, is_tensor, shape_of
 from .routing import Routing
 from .sample import MOVES
@@ -24,6 +25,7 @@ aten = torch.ops.aten
 
 _MOST_NODES = 4000  # of routing, or between two products
 _MOST_SLOTS = 64
+_MOST_STEPS = 16  # between an expert's product and the sum
 _MOST_JOINS = 8  # steps after all of a block has come together, at which it may end
 _PRODUCTS = {aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default, aten._grouped_mm.default}
 _CHOOSING = {
@@ -98,13 +100,15 @@ def _routing_source(unit: Unit) -> Node | None:
     """The node that expert ids first appear in, if what surrounds the products of one expert depends on any."""
     beside: list[Node] = []
     node = unit.down.node
-    for _ in range(16):  # up to where it is added to what other experts give
+    for _ in range(_MOST_STEPS):  # up to where it is added to what other experts give
         if len(node.users) != 1:
             break
         user = next(iter(node.users))
-        beside += [n for n in user.all_input_nodes if n is not node]
-        bias = user.target is aten.add.Tensor and any(elements(n) < elements(node) for n in user.all_input_nodes)
-        if user.target in (aten.add.Tensor, aten.index_add.default, aten.index_put.default) and not bias:
+        beyond = [n for n in user.all_input_nodes if n is not node]
+        if user.target is aten.add.Tensor and not any(elements(n) < elements(node) for n in beyond):
+            break  # no bias
+        beside += beyond
+        if user.target in (aten.index_add.default, aten.index_put.default):
             break
         node = user
     for up in unit.ups:
@@ -190,6 +194,20 @@ def candidates(units: tuple[Unit, ...]) -> Iterator[Candidate]:
                 yield Candidate(units, x, ids, weights, per_expert, choices or experts, out, distinct, wraps)
 
 
+def why_none(units: tuple[Unit, ...]) -> Refused:
+    """Why there is no candidate."""
+    tags = {user.meta.get("partitioner_tag") for node in _inside(units, units[-1].down.node) for user in node.users}
+    if "is_backward" in tags:
+        return Refused("its intermediate values are needed for gradients", "its products run as ops, there and back")
+    ends = list(joins(units))
+    if not ends:
+        return Refused("its intermediate values are used outside of it", "use only the sum of the experts' results")
+    x = _data(units[0].ups[0])
+    if not any(elements(out) * units[0].ups[0].k == elements(x) * units[0].down.rows for out in ends):
+        return Refused(f"there is no sum of what the experts give for each row of {x.name}", "sum over the slots")
+    return Refused("no integers say which experts a token takes", "route by the ids of the top-k experts")
+
+
 def _outside(units: tuple[Unit, ...], inside: set[Node]) -> set[Node]:
     """What nodes inside are computed from besides each other and packed weights."""
     products = {p.node: p for unit in units for p in unit.products}
@@ -239,7 +257,7 @@ def _apart(ids: Node, weights: Node) -> bool:
 
 def _follow(nodes: Iterable[Node], given: tuple[Node, ...], inside: set[Node]) -> bool:
     """Whether nodes are computed from what is given alone."""
-    routing = Routing(dict.fromkeys(given), frozenset(inside), {})
+    routing = Routing({node: torch.empty(0) for node in given}, frozenset(inside), {})
     return all(routing.foreign(node) is None for node in nodes)
 
 
