@@ -7,7 +7,7 @@ never dequantised.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -138,6 +138,7 @@ def input_grad(
     """
     if qdata.dim() == 2:
         return _grad(grad, qdata, block_scale, global_scale)
+    rows: Iterable[tuple[int, Tensor | int]]
     if ids is not None:
         rows = rows_by_ids(ids, qdata.shape[0])
     elif offs is not None:

@@ -60,6 +60,7 @@ QUICK_DTYPE_ROWS = (("bf16", 16), ("bf16", 64), ("fp16", 32), ("fp32", 64))
 def kernel_calls(dtype: str, rows: int, hip: bool) -> dict[str, tuple[Any, dict[str, Any]]]:
     """Every kernel with its compile-time arguments."""
     config = gemm_config(rows, DTYPES[dtype], hip).meta()
+    gated = gemm_config(rows, DTYPES[dtype], hip, gated=True).meta()
     silu, anything = (compile_activation(parse(text).to_triton()) for text in ("silu(g) * u", ACTIVATION))
     parts = 3 if dtype == "fp32" else 2
     return {
@@ -69,8 +70,8 @@ def kernel_calls(dtype: str, rows: int, hip: bool) -> dict[str, tuple[Any, dict[
         "split_grad": (split_grad_kernel, {"PARTS": parts, "BLOCK": SPLIT_BLOCK}),
         "indexed": (indexed_kernel, INDEXED.meta()),
         "dequantize": (dequantize_kernel, DEQUANTIZE.meta()),
-        "up": (up_kernel, {**config, "GROUPS": 256, "ACTIVATION": silu}),
-        "activation": (up_kernel, {**config, "GROUPS": 256, "ACTIVATION": anything}),
+        "up": (up_kernel, {**gated, "GROUPS": 256, "ACTIVATION": silu}),
+        "activation": (up_kernel, {**gated, "GROUPS": 256, "ACTIVATION": anything}),
         "down": (down_kernel, {**config, "GROUPS": 256}),
         "combine": (combine_kernel, {"SLOTS": 8, "A": 6, "BLOCK_N": COMBINE_ELEMENTS // 8}),
         "count": (count_kernel, {"BLOCK": ROUTING_BLOCK, "BLOCKS": ROUTING_BLOCKS_PER_STEP}),

@@ -249,6 +249,15 @@ def test_strided_operands(body):
     torch.testing.assert_close(layer.call(body), want)
 
 
+def test_gate_and_up_may_lie_differently_in_memory(body):
+    layer = Layer("separate", bias=True)
+    want = layer.call()
+    gate = layer.ups[0]
+    layer.ups[0] = tuple(t.transpose(0, 1).contiguous().transpose(0, 1) for t in gate)
+    assert layer.ups[0][0].stride() != layer.ups[1][0].stride()
+    torch.testing.assert_close(layer.call(body), want)
+
+
 @pytest.mark.parametrize("weighted", ["output", "input"])
 def test_nan_stays_in_its_token(body, weighted):
     layer = Layer(weighted=weighted)

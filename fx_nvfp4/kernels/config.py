@@ -26,8 +26,8 @@ class GemmConfig:
         }
 
 
-def gemm_config(rows: int, dtype: torch.dtype, hip: bool | None = None) -> GemmConfig:
-    """Choose by the number of rows of x that one expert is expected to see.
+def gemm_config(rows: int, dtype: torch.dtype, hip: bool | None = None, gated: bool = False) -> GemmConfig:
+    """Choose by the number of rows of x that one expert is expected to see; gated: columns are of gate and up in turn.
 
     Shared memory stays within the 64 KB of gfx90a and gfx942, and within the 99 KB of sm_86, sm_89 and sm_120.
     """
@@ -41,8 +41,9 @@ def gemm_config(rows: int, dtype: torch.dtype, hip: bool | None = None) -> GemmC
     block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
     # A K step of 128, never less with 64 tokens or more: with a step of 64, Triton 3.6 leaves a wgmma whose left
     # operand is in registers in flight across the loop edge, and results are wrong and change from run to run.
-    # With four warps the tile of 64 tokens spills on sm_80.
-    return GemmConfig(block_m, 64, 128, num_warps=8 if block_m == 64 else 4, num_stages=num_stages)
+    # With four warps the tile of 64 tokens spills on sm_80, and the gated one of 32 on gfx90a and gfx942.
+    block_n = 32 if gated and hip and block_m == 32 else 64
+    return GemmConfig(block_m, block_n, 128, num_warps=8 if block_m == 64 else 4, num_stages=num_stages)
 
 
 def gradient_config(rows: int, hip: bool | None = None) -> GemmConfig:

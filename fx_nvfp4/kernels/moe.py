@@ -295,7 +295,7 @@ def up(
         (slots_per_row, *strides),
         out,
         weight,
-        gemm_config(triton.cdiv(order.shape[0], weight.experts), out.dtype),
+        gemm_config(triton.cdiv(order.shape[0], weight.experts), out.dtype, gated=gate is not None),
         columns=weight.n if gate is None else 2 * weight.n,
         ACTIVATION=compile_activation(activation),
     )
