@@ -13,6 +13,7 @@ from .preparation.convert import convert_torchao
 from .preparation.fuse import Memo, fuse
 from .preparation.record import LeftAlone, Preparation, Unsuited
 from .report import NVFP4Warning
+from .tensor import NVFP4Weight
 
 log = logging.getLogger("fx_nvfp4")
 
@@ -40,8 +41,9 @@ def prepare(model: nn.Module) -> nn.Module:
         The same model.
     """
     record = Preparation()
-    record.switched = use_traceable_experts(model)
     record.converted = convert_torchao(model)
+    if any(isinstance(p.data, NVFP4Weight) for p in model.parameters()):
+        record.switched = use_traceable_experts(model)
     memo, owners = Memo(), count_owners(model)
     for path, container in find_lists(model):
         try:

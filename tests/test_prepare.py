@@ -303,6 +303,22 @@ def test_dense_experts_and_layers_are_not_spoken_of():
     assert (record.fused, record.left_alone, record.converted) == ([], [], [])
 
 
+def test_transformers_experts_are_switched_to_what_traces():
+    pytest.importorskip("transformers")
+    from checkpoint_files import SMALL
+
+    model = fx_nvfp4.load(SMALL, dtype=torch.float32, progress=False)
+    assert not prepared(model).nvfp4_preparation.switched  # load() has chosen
+    input_ids = torch.arange(12).view(2, 6)
+    for choice, switched in (("eager", "grouped_mm"), ("batched_mm", "batched_mm")):
+        model.set_experts_implementation(choice)
+        expected = run(model, input_ids).logits
+        record = prepared(model).nvfp4_preparation
+        assert (record.switched != []) == (choice == "eager")
+        assert model.config._experts_implementation == switched
+        assert error(run(model, input_ids).logits, expected) < 1e-4
+
+
 # Lists that are left alone, and what the record says
 
 

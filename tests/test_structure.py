@@ -31,7 +31,7 @@ ALLOWED = {
     "serialize": {"tensor"},
     "fused": {"activation", "tensor"},
     "preparation": {"preparation", "fused", "passes", "report", "tensor", "torchao_interop"},
-    "prepare": {"checkpoints", "preparation", "report"},
+    "prepare": {"checkpoints", "preparation", "report", "tensor"},
     "report_table": {"report"},
     "report": {"report_table"},
     "passes": {"passes", "activation", "format", "ops", "report"},

@@ -16,8 +16,8 @@ from ..tensor import NVFP4Weight
 from .record import Unsuited
 
 _CODES = (torch.uint8, torch.int8, torch.int32, torch.float4_e2m1fn_x2)
-# Packed tensors of one expert: codes of two or three weights, and scales that are stored as bytes beside them.
-_FEWEST, _MOST = 2, 6
+_WEIGHTS = (2, 3)  # packed weights of one expert: up and down, or gate, up and down
+_MORE_BYTES = 3  # and scales that are stored as bytes beside them
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -40,8 +40,14 @@ def find_lists(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _looks_packed(container: nn.Module) -> bool:
+    """Whether entries hold the packed weights of one MLP, and are no decoder layers, which hold norms."""
     entries = [m for m in container._modules.values() if m is not None]
-    return len(container._modules) > 1 and bool(entries) and _FEWEST <= len(_packed(entries[0])) <= _MOST
+    if len(container._modules) < 2 or not entries:
+        return False
+    codes = [_get(entries[0], name) for name in _packed(entries[0])]
+    most = _WEIGHTS[1] if any(isinstance(t, NVFP4Weight) for t in codes) else _WEIGHTS[1] + _MORE_BYTES
+    norms = any("norm" in type(m).__name__.lower() for m in entries[0].modules())
+    return not norms and _WEIGHTS[0] <= len(codes) <= most and all(t.dim() == 2 for t in codes)
 
 
 def _packed(module: nn.Module) -> list[str]:
