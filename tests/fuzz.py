@@ -3,8 +3,8 @@
     python tests/fuzz.py --count 5000 --seed 0
 
 Case n of a run is that of the seed, seed + n, whatever comes before it: `--seed S --count 1` repeats one. What came of
-each graph is counted: "lifted", "rewritten", "refused" with its reasons, "upstream" where PyTorch cannot trace or run it
-either, or a bug, and then the line to repeat it is printed: "DIFFERENT" from eager, "SILENT" dequantisation, "CRASH".
+each graph is counted: "lifted", "rewritten", "refused" with its reasons, "upstream" where PyTorch cannot run it either,
+or a bug, and then the line to repeat it is printed: "DIFFERENT" from eager, "SILENT" dequantisation, "CRASH".
 """
 
 from __future__ import annotations
