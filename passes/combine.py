@@ -26,7 +26,7 @@ from .rows import NOWHERE, PADDING, Rows, Setting, coordinates
 from .sample import with_boundaries
 from .walk import Walk
 
-_PAIRS = 16384  # slots of tokens that one world looks at
+_PAIRS, _TOKENS = 4096, 1024  # slots, or tokens with one slot each, that one world looks at
 _MOST_SLOTS = 32  # the sum of small integers of so many slots is exact in bfloat16
 
 Down = Callable[[Unit, Coords], Tensor]
@@ -41,11 +41,13 @@ class Combine:
         self._choose_elements()
 
     def _choose_elements(self) -> None:
-        """Elements of out to look at: some feature of every slot (or many), every feature of some, and all edges."""
+        """Elements of out to look at: some feature of every slot (or token), every feature of some, and all edges."""
         c, generator = self.c, self.s.generator
         pairs = torch.arange(c.tokens * c.slots)
-        if len(pairs) > _PAIRS:
-            pairs = pairs[torch.randperm(len(pairs), generator=generator)[:_PAIRS]]
+        if len(pairs) > _PAIRS:  # a slot of each token, of every third where there are many
+            token = torch.arange(generator.initial_seed() % 3, c.tokens, 3 if c.tokens > _TOKENS else 1)
+            token = token[torch.randperm(len(token), generator=generator)[:_PAIRS]]
+            pairs = token * c.slots + torch.randint(0, c.slots, token.shape, generator=generator)
         pairs = torch.cat((pairs, torch.randint(0, c.tokens * c.slots, (c.features,), generator=generator)))
         feature = torch.randint(0, c.features, (len(pairs),), generator=generator)
         feature[-c.features :] = torch.arange(c.features)

@@ -18,12 +18,10 @@ from fx_nvfp4.activation import parse
 from .block import Block, Candidate
 from .combine import Combine
 from .found import Refused
-from .nodes import Sizes, assuming, elements, is_size, is_tensor, shape_of
+from .nodes import Sizes, assuming, between, elements, is_size, is_tensor, shape_of
 from .routing import Routing
 from .rows import Rows, Setting, follow
-from .worlds import World, make_world, sizes_to_try
-
-_ROUTINGS = 2  # tried for each choice of sizes
+from .worlds import KINDS, World, make_world, sizes_to_try
 
 
 def prove(candidate: Candidate) -> Block:
@@ -31,11 +29,10 @@ def prove(candidate: Candidate) -> Block:
     nodes = _token_nodes(candidate)
     block: Block | None = None
     with unset_fake_temporarily(), torch.no_grad():
-        for number, sizes in enumerate(sizes_to_try(candidate.x, candidate.ids)):
-            for seed in range(_ROUTINGS):
-                with assuming(sizes):
-                    found = _try(candidate, nodes, _ROUTINGS * number + seed, sizes)
-                block = found if block is None else _both(block, found)
+        for sizes, kind in _worlds(candidate):
+            with assuming(sizes):
+                found = _try(candidate, nodes, kind, sizes)
+            block = found if block is None else _both(block, found)
     assert block is not None
     if None in block.gatings:
         raise Refused("not all experts are used", "give every expert its rows")
@@ -44,12 +41,24 @@ def prove(candidate: Candidate) -> Block:
     return block
 
 
-def _try(c: Candidate, nodes: frozenset[Node], seed: int, sizes: Sizes) -> Block:
+def _worlds(candidate: Candidate) -> Iterator[tuple[Sizes, str]]:
+    """Sizes and kinds of routing to try: each size with random experts and all tokens on the same."""
+    sizes = list(sizes_to_try(candidate.x, candidate.ids))
+    if not candidate.distinct:
+        yield sizes[0], "repeated"
+    yield sizes[0], "random"
+    yield sizes[0], "first"
+    if len(sizes) > 1:
+        yield sizes[1], "random"
+    yield sizes[-1], "last"
+
+
+def _try(c: Candidate, nodes: frozenset[Node], kind: str, sizes: Sizes) -> Block:
     """The block as one world shows it."""
     if c.tokens * c.slots != elements(c.ids) or c.tokens * c.features != elements(c.out):
         raise Refused(f"{c.ids.name} and {c.out.name} have other numbers of tokens than {c.x.name}", "")
     dtype = torch.float32 if c.weights is None else c.weights.meta["val"].dtype
-    world = make_world(c.tokens, c.slots, c.choices, dtype, seed, c.distinct)
+    world = make_world(c.tokens, c.slots, c.choices, dtype, kind)
     if c.weights is None:
         world = World(world.ids, torch.ones_like(world.arbitrary), torch.ones_like(world.exact))
     given = {c.ids: world.ids.reshape(shape_of(c.ids)).to(c.ids.meta["val"].dtype)}
@@ -61,7 +70,7 @@ def _try(c: Candidate, nodes: frozenset[Node], seed: int, sizes: Sizes) -> Block
     if c.per_expert:
         _check_zero_elsewhere(c, given[c.ids], world, sizes)
     routing = Routing(given, nodes, sizes)
-    setting = Setting(c, world, nodes, routing, share, chosen, torch.Generator().manual_seed(seed))
+    setting = Setting(c, world, nodes, routing, share, chosen, torch.Generator().manual_seed(KINDS.index(kind)))
     combine = Combine(setting)
     rows = {
         unit.down.node: follow(setting, unit, read) for unit, read in zip(c.units, combine.rows_read(), strict=True)
@@ -71,7 +80,9 @@ def _try(c: Candidate, nodes: frozenset[Node], seed: int, sizes: Sizes) -> Block
         raise Refused("some rows are weighted before the products and others after", "weight all of them alike")
     gatings = tuple(r.gating for r in rows.values())
     block = Block(c, gatings, weighted.pop(), tuple(combine.biases), _is_dense(setting, rows))
-    if block.dense:
+    if any(p.activations == "dynamic" for unit in c.units for p in unit.products):
+        _check_all_rows_are_slots(setting)
+    if block.dense and block.weighted == "input":
         _check_zero_slots(block)
     combine.check(rows, block.weighted)
     return block
@@ -81,7 +92,7 @@ def _check_zero_elsewhere(c: Candidate, ids: Tensor, world: World, sizes: Sizes)
     """Weights of all experts must be zero where ids say so, whatever else they are computed from."""
     assert c.weights is not None
     follows = {c.ids}
-    for node in _between(c.ids.graph, follows, c.weights):
+    for node in between(c.ids, c.weights):
         if any(source in follows for source in node.all_input_nodes):
             follows.add(node)
     if c.weights not in follows:
@@ -128,13 +139,24 @@ def _both(a: Block, b: Block) -> Block:
     return Block(a.candidate, tuple(gatings), a.weighted, biases, a.dense or b.dense)
 
 
+def _check_all_rows_are_slots(s: Setting) -> None:
+    """Dynamic activation scales depend on all rows that an expert's weight multiplies."""
+    slots = int(((s.world.ids >= 0) & (s.world.ids < s.candidate.experts)).sum())
+    for number in range(len(s.candidate.units[0].products)):
+        rows = 0
+        for unit in s.candidate.units:
+            product = unit.products[number]
+            if product.kind == "merged":
+                raise Refused("dynamic activation scales are taken over all experts at once", "use static scales")
+            expert = s.experts_of(unit, product, torch.arange(elements(product.x) // product.k))
+            rows += int((expert >= 0).sum())
+        if rows != slots:
+            what = f"dynamic activation scales are taken over {rows} rows, of which {slots} are slots of tokens"
+            raise Refused(what, "use static scales, or multiply each expert by its own tokens alone")
+
+
 def _check_zero_slots(block: Block) -> None:
     """Experts that see tokens which did not choose them, times a weight of zero, must give zero."""
-    if any(p.activations == "dynamic" for unit in block.candidate.units for p in unit.products):
-        what = "dynamic activation scales are taken over tokens that did not choose the expert"
-        raise Refused(what, "use static scales, or multiply each expert by its own tokens alone")
-    if block.weighted == "output":
-        return
     gatings, zero = [g for g in block.gatings if g is not None], torch.zeros(1)
     at_zero = [parse(g.activation).evaluate(None if g.layout == "plain" else zero, zero) for g in gatings]
     if (
@@ -149,19 +171,7 @@ def _check_zero_slots(block: Block) -> None:
 def _token_nodes(c: Candidate) -> frozenset[Node]:
     """Nodes between x and out that hold what belongs to tokens: what follows from x or a product, routing apart."""
     found = {c.x, *(p.node for unit in c.units for p in unit.products)}
-    given = {c.ids, c.weights}
-    for node in _between(c.x.graph, found, c.out):
-        if node not in given and not is_size(node) and any(source in found for source in node.all_input_nodes):
+    for node in between(min(found), c.out):
+        if node not in (c.ids, c.weights) and not is_size(node) and any(n in found for n in node.all_input_nodes):
             found.add(node)
     return frozenset(found)
-
-
-def _between(graph: torch.fx.Graph, first: set[Node], last: Node) -> Iterator[Node]:
-    """Nodes in the graph's order from the first of some to `last`."""
-    started = False
-    for node in graph.nodes:
-        started |= node in first
-        if started:
-            yield node
-        if node is last:
-            return

@@ -17,7 +17,7 @@ from torch.fx import Node
 from .block import Candidate, Unit
 from .expert_products import ExpertProduct, expert_product
 from .found import Refused
-from .nodes import arguments, elements, is_size, is_tensor, shape_of
+from .nodes import arguments, between, elements, is_size, is_tensor, shape_of
 from .routing import Routing
 from .sample import MOVES
 
@@ -80,11 +80,11 @@ def _ups(down: ExpertProduct, products: dict[Node, ExpertProduct]) -> tuple[Expe
             if node is down.x:
                 return None
             continue
-        new = [n for n in node.all_input_nodes if n not in seen and is_tensor(n) and n.meta["val"].is_floating_point()]
+        new = [n for n in node.all_input_nodes if n not in seen and _is_float(n)]
         new += [n for n in node.all_input_nodes if n not in seen and isinstance(n.meta.get("val"), (tuple, list))]
         stack += new
         seen.update(new)
-    ups = tuple(sorted(found.values(), key=lambda p: list(products).index(p.node)))
+    ups = tuple(sorted(found.values(), key=lambda p: p.node))
     fit = 1 <= len(ups) <= 2 and all(up.experts == down.experts and up.expert == down.expert for up in ups)
     return ups if fit and all(up.rows in (down.k, 2 * down.k) for up in ups) else None
 
@@ -155,35 +155,46 @@ def joins(units: tuple[Unit, ...]) -> Iterator[Node]:
     """Nodes that everything computed from the up products passes through: where a block may end."""
     first = {p.node for unit in units for p in unit.products}
     downs = {unit.down.node for unit in units}
-    waiting: dict[Node, int] = {}
-    started, found = set(), 0
-    for node in units[0].down.node.graph.nodes:
+    waiting: dict[Node, int] = {}  # how many users of each node are still to come
+    unfinished, started, found = 0, 0, 0
+    for node in between(min(first)):
         inside = node in first or any(n in waiting for n in node.all_input_nodes)
         if not inside or is_size(node):
             continue
-        if node.op == "output" or found == _MOST_JOINS:
+        if node.op == "output" or found == _MOST_JOINS or len(waiting) > _MOST_NODES:
             return
-        started |= {node} & downs
         for source in node.all_input_nodes:
             if source in waiting:
                 waiting[source] -= 1
-        waiting[node] = sum(not is_size(user) for user in node.users)
-        if len(started) < len(downs):
-            continue
-        open_ends = [n for n, left in waiting.items() if left and n is not node]
-        if not open_ends and node not in downs and is_tensor(node) and node.meta["val"].is_floating_point():
+                unfinished -= not waiting[source]
+        started += node in downs
+        if not unfinished and started == len(downs) and node not in downs and _is_float(node):
             found += MOVES.of(node) is None
             yield node
+        waiting[node] = sum(not is_size(user) for user in node.users)
+        unfinished += waiting[node] > 0
+
+
+def _is_float(node: Node) -> bool:
+    return is_tensor(node) and node.meta["val"].is_floating_point()
 
 
 def candidates(units: tuple[Unit, ...]) -> Iterator[Candidate]:
     """Where the block of some units may lie, the likeliest first."""
-    x, k, features = _data(units[0].ups[0]), units[0].ups[0].k, units[0].down.rows
+    ends = list(joins(units))
+    near, far = _path(units[0].ups[0].x)[-1], _path(units[0].ups[0].x, through_products=True)[-1]
+    for x in dict.fromkeys((near, far)):
+        yield from _with_tokens(units, x, ends)
+
+
+def _with_tokens(units: tuple[Unit, ...], x: Node, ends: list[Node]) -> Iterator[Candidate]:
+    """Candidates with rows x."""
+    k, features = units[0].ups[0].k, units[0].down.rows
     tokens, experts = elements(x) // k, units[0].down.experts or len(units)
-    for out in joins(units):
+    for out in ends:
         if not tokens or elements(out) * k != elements(x) * features:
             continue
-        inside = _inside(units, out)
+        inside = _inside(units, out, x)
         outside = _outside(units, inside) - {x}
         cone = _routing_cone(outside, x)
         for ids in _ids(cone, outside, inside, tokens):
@@ -202,7 +213,7 @@ def why_none(units: tuple[Unit, ...]) -> Refused:
     ends = list(joins(units))
     if not ends:
         return Refused("its intermediate values are used outside of it", "use only the sum of the experts' results")
-    x = _data(units[0].ups[0])
+    x = _path(units[0].ups[0].x)[-1]
     if not any(elements(out) * units[0].ups[0].k == elements(x) * units[0].down.rows for out in ends):
         return Refused(f"there is no sum of what the experts give for each row of {x.name}", "sum over the slots")
     return Refused("no integers say which experts a token takes", "route by the ids of the top-k experts")
@@ -236,8 +247,9 @@ def _weights(
     routing = [n for n in outside if is_tensor(n) and not _is_parameter(n)]
     if _follow(routing, (ids,), inside):
         yield None, False
+    last = sorted(cone, key=lambda node: not _apart(ids, node))  # a permutation of weights follows from ids
     for per_expert, size in ((False, elements(ids)), (True, spread)):
-        for node in cone:
+        for node in last:
             fits = node.meta["val"].is_floating_point() and elements(node) == size and node.target not in _SAME_ORDER
             if fits and _follow(routing, (ids, node), inside) and not (per_expert and _apart(ids, node)):
                 yield node, per_expert
@@ -268,27 +280,30 @@ def _is_parameter(node: Node) -> bool:
     return node.op in ("placeholder", "get_attr") and is_tensor(node) and node.meta["val"].is_floating_point()
 
 
-def _inside(units: tuple[Unit, ...], last: Node) -> set[Node]:
-    """Nodes computed from the products up to `last`, and those that their rows are gathered by."""
+def _inside(units: tuple[Unit, ...], last: Node, x: Node | None = None) -> set[Node]:
+    """Nodes computed from the products up to `last`, and those by which their rows are gathered from x."""
     found = {p.node for unit in units for p in unit.products}
-    for node in units[0].down.node.graph.nodes:
+    for node in between(min(found), last):
         if not is_size(node) and any(n in found for n in node.all_input_nodes):
             found.add(node)
-        if node is last:
-            break
     for unit in units:
         for up in unit.ups:
-            found.update(_path(up.x)[:-1])
+            path = _path(up.x, through_products=True)
+            found.update(path[: path.index(x)] if x in path else ())
     return found
 
 
-def _path(node: Node) -> list[Node]:
-    """Nodes from an up product's x back to the tokens: moves, and casts and weights where that leads to fewer rows."""
+def _path(node: Node, through_products: bool = False) -> list[Node]:
+    """Nodes from an up product's x back to the tokens: moves, and casts and weights where that leads to fewer rows.
+
+    through_products: also products, by which rows may be chosen.
+    """
     path = [node]
     while node.op == "call_function" and is_tensor(node):
         source = _moved(node)
         if source is None:
-            beyond = _path(inner) if (inner := _computed(node)) is not None else [node]
+            inner = _computed(node, through_products)
+            beyond = [node] if inner is None else _path(inner, through_products)
             return path + beyond if elements(beyond[-1]) < elements(node) else path
         path.append(source)
         node = source
@@ -303,22 +318,20 @@ def _moved(node: Node) -> Node | None:
         return None
     if MOVES.of(node) is not None and node.target not in (aten.slice.Tensor, aten.select.int):
         source = node.all_input_nodes[0]
-        return source if is_tensor(source) and source.meta["val"].is_floating_point() else None
+        return source if _is_float(source) else None
     return None
 
 
-def _computed(node: Node) -> Node | None:
+def _computed(node: Node, through_products: bool) -> Node | None:
     """What a node holds rows of, cast, masked or multiplied by a number for each."""
     if node.target in _CASTS:
         return node.all_input_nodes[0]
-    sides = [n for n in node.args if is_tensor(n) and n.meta["val"].is_floating_point()]  # type: ignore[union-attr]
+    if through_products and node.target in (aten.bmm.default, aten.mm.default):
+        return node.args[1]  # type: ignore[return-value]
+    sides = [n for n in node.args if isinstance(n, Node) and _is_float(n)]
     if node.target is aten.mul.Tensor or node.target is aten.where.self:
         return max(sides, key=elements, default=None)  # type: ignore[arg-type,return-value]
     return None
-
-
-def _data(up: ExpertProduct) -> Node:
-    return _path(up.x)[-1]
 
 
 def _routing_cone(outside: set[Node], x: Node) -> list[Node]:
@@ -331,8 +344,7 @@ def _routing_cone(outside: set[Node], x: Node) -> list[Node]:
         new = [n for n in node.all_input_nodes if n not in seen]
         seen.update(new)
         stack += new
-    order = {n: i for i, n in enumerate(x.graph.nodes)}
-    return sorted((n for n in seen if is_tensor(n)), key=order.__getitem__, reverse=True)
+    return sorted((n for n in seen if is_tensor(n)), reverse=True)
 
 
 def _choices(ids: Node) -> int | None:

@@ -22,7 +22,7 @@ from .coords import Coords
 from .nodes import elements, shape_of
 from .routing import POISON, Routing
 from .sample import MOVES, Rules, Sampler, Unsupported, is_tensor
-from .sample_values import MAX_ELEMENTS, MAX_REDUCED, fill, is_small, pointwise, reduce, zeros
+from .sample_values import MAX_ELEMENTS, fill, is_small, pointwise, reduce, zeros
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -226,18 +226,22 @@ def _empty(walk: Any, node: Node, a: SimpleNamespace, at: Coords) -> Tensor:
 
 @LINEAR.handles(aten.bmm.default, aten.mm.default)
 def _product(walk: Any, node: Node, a: SimpleNamespace, at: Coords) -> Tensor:
-    """A weighted sum spelled as a product: over experts, slots or rows."""
-    left, right = a.self, a.mat2
-    if walk.belongs_to_tokens(left) and walk.belongs_to_tokens(right):
+    """A weighted sum, or a choice, spelled as a product over experts, slots or rows; zero weights read nothing."""
+    tokens_left = walk.belongs_to_tokens(a.self)
+    if tokens_left and walk.belongs_to_tokens(a.mat2):
         raise Unsupported(node, "a product that is none of packed experts")
-    count, samples = shape_of(left)[-1], len(at.sample)
-    if count > MAX_REDUCED or count * samples > MAX_ELEMENTS:
+    count, samples = shape_of(a.self)[-1], len(at.sample)
+    if count * samples > MAX_ELEMENTS:
         raise Unsupported(node, f"it sums over {count} elements")
-    every = torch.arange(count).repeat(samples)
+    every, index = torch.arange(count).repeat(samples), at.index.repeat_interleave(count, 0)
+    (values, summed), (weights, weighing) = (
+        ((a.self, -1), (a.mat2, -2)) if tokens_left else ((a.mat2, -2), (a.self, -1))
+    )
+    index[:, weighing] = every
+    weight = walk.value(weights, at.repeated(count, index)).double()
+    counts = weight != 0
     index = at.index.repeat_interleave(count, 0)
-    sides = []
-    for side, column in ((left, -1), (right, -2)):
-        own = index.clone()
-        own[:, column] = every
-        sides.append(walk.value(side, at.repeated(count, own)).double())
-    return (sides[0] * sides[1]).reshape(samples, count).sum(1)
+    index[:, summed] = every
+    terms = walk.value(values, at.repeated(count, index).take(counts)).double() * weight[counts]
+    sample = torch.arange(samples).repeat_interleave(count)[counts]
+    return torch.zeros(samples, dtype=torch.float64).index_add(0, sample, terms)

@@ -15,6 +15,10 @@ from torch.fx import Node
 
 from .nodes import Sizes, seen_sizes
 
+# All tokens on the same experts, the first ones or the last, so that others have none and these have many; or some
+# tokens' slots on the same expert, or on none.
+KINDS = ("random", "first", "last", "repeated")
+
 _LARGE = 64  # a hint from here on is halved for another size, below it is tripled
 
 
@@ -37,25 +41,21 @@ class World:
         return share.scatter_add(1, torch.where(inside, self.ids, 0), torch.where(inside, weights, 0))
 
 
-def make_world(
-    tokens: int, slots: int, choices: int, dtype: torch.dtype, seed: int, distinct: bool = True
-) -> World:
-    """Experts at random for even seeds; for odd ones half of the tokens crowd on the first experts and half on the
-    last, so that others have none.
+def make_world(tokens: int, slots: int, choices: int, dtype: torch.dtype, kind: str) -> World:
+    """A world of one of KINDS.
 
     Args:
         choices: how many experts there are to choose from.
         dtype: of the weights.
-        distinct: whether a token's experts are different ones; if not, some are the same, and some are none at all.
     """
-    generator = torch.Generator().manual_seed(seed)
-    if not distinct:
-        ids = torch.randint(0, choices + 1, (tokens, slots), generator=generator)
-    elif seed % 2:
-        crowd = (torch.arange(slots) + torch.arange(tokens)[:, None]) % slots
-        ids = torch.where(torch.arange(tokens)[:, None] % 2 == 0, crowd, choices - 1 - crowd)
-    else:
+    generator = torch.Generator().manual_seed(KINDS.index(kind))
+    crowd = (torch.arange(slots) + torch.arange(tokens)[:, None]) % slots
+    if kind == "random":
         ids = torch.rand(tokens, choices, generator=generator).topk(slots, dim=1).indices
+    elif kind == "repeated":
+        ids = torch.randint(0, choices + 1, (tokens, slots), generator=generator)
+    else:
+        ids = crowd if kind == "first" else choices - 1 - crowd
     sign = torch.randint(0, 2, (tokens, slots), generator=generator) * 2 - 1
     arbitrary = (torch.rand(tokens, slots, generator=generator) + 0.05) * sign
     exact = torch.exp2(-torch.randint(0, 2, (tokens, slots), generator=generator).double()) * sign.roll(1, 0)
