@@ -95,6 +95,15 @@ def arguments(node: Node) -> SimpleNamespace:
     return SimpleNamespace(**{**values, **node.kwargs})
 
 
+def between(first: Node, last: Node | None = None) -> Iterator[Node]:
+    """Nodes in the graph's order from one to another, or to the end."""
+    node = first
+    while node is not last and node.op != "output":
+        yield node
+        node = node.next
+    yield node
+
+
 def elements(node: Node) -> int:
     """Number of elements of a tensor."""
     return math.prod(shape_of(node))
