@@ -20,10 +20,9 @@ from .block import Block, Candidate, Unit
 from .emitter import CannotRewriteError, Emitter, shape
 from .expert_products import own_parts
 from .found import Refused
+from .known import Known
 from .nodes import arguments, hint, same_size, shape_of
 from .place import origin, where
-from .proof import prove
-from .sample import Unsupported
 from .search import candidates, find_units, why_none
 
 aten = torch.ops.aten
@@ -50,7 +49,8 @@ def lift(graph: fx.Graph, names: Mapping[Node, str]) -> Lifted:
     """
     entries = [_fused_entry(n, names) for n in graph.find_nodes(op="call_function", target=moe)]
     products: set[Node] = set()
-    found = [(units, _find(units)) for units in find_units(graph)]  # before any of them is replaced
+    known = Known()
+    found = [(units, _find(units, known)) for units in find_units(graph)]  # before any of them is replaced
     replaced: dict[Node, Node] = {}
     for units, block in found:
         if isinstance(block, Block):
@@ -67,7 +67,7 @@ def lift(graph: fx.Graph, names: Mapping[Node, str]) -> Lifted:
     return Lifted(entries, frozenset(products))
 
 
-def _find(units: tuple[Unit, ...]) -> Block | Refused:
+def _find(units: tuple[Unit, ...], known: Known) -> Block | Refused:
     """The block of some units, or why there is none: the reason of the likeliest candidate."""
     if units[0].down.experts == 0:
         return Refused(f"its {len(units)} experts are weights by themselves", _PREPARE)
@@ -76,12 +76,10 @@ def _find(units: tuple[Unit, ...]) -> Block | Refused:
         return Refused(f"of {all_of} experts {used} are multiplied, in products of their own", "use each expert once")
     reason: Refused | None = None
     for candidate in candidates(units):
-        try:
-            return prove(candidate)
-        except Refused as refused:
-            reason = reason or refused
-        except Unsupported as error:
-            reason = reason or Refused(str(error), "")
+        found = known.prove(candidate)
+        if isinstance(found, Block):
+            return found
+        reason = reason or found
     return reason or why_none(units)
 
 

@@ -88,13 +88,19 @@ def _try(c: Candidate, nodes: frozenset[Node], kind: str, sizes: Sizes) -> Block
     return block
 
 
+def following(first: Node, last: Node) -> set[Node]:
+    """Nodes between two that are computed from the first."""
+    found = {first}
+    for node in between(first, last):
+        if any(source in found for source in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
 def _check_zero_elsewhere(c: Candidate, ids: Tensor, world: World, sizes: Sizes) -> None:
     """Weights of all experts must be zero where ids say so, whatever else they are computed from."""
     assert c.weights is not None
-    follows = {c.ids}
-    for node in between(c.ids, c.weights):
-        if any(source in follows for source in node.all_input_nodes):
-            follows.add(node)
+    follows = following(c.ids, c.weights)
     if c.weights not in follows:
         raise Refused(f"{c.weights.name} are weights of all experts, not of those chosen by {c.ids.name}", "")
     roots, stack, seen = {c.ids: ids}, [c.weights], {c.weights}
