@@ -18,6 +18,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from .debug_files import DebugFiles
 from .kernel_choice import with_choice
 from .lowering import compat
+from .passes.cone import BYTES, WORDS
 from .passes.emulate import emulate
 from .report import Cost, NotEmulatedError, NVFP4Warning, Report, module_path
 from .tables import TableGuard, find_tables, hash_tables
@@ -28,7 +29,7 @@ from .torchao_interop import is_torchao_nvfp4
 log = logging.getLogger("fx_nvfp4")
 
 OPTIONS: dict[str, bool] = {"strict": False, "lift": True, "codegen": True}
-_PACKED_DTYPES = (torch.uint8, torch.int8, torch.int32, torch.float4_e2m1fn_x2)
+_PACKED_DTYPES = (*BYTES, *WORDS)
 _collectors: list[Report] = []
 
 

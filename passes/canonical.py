@@ -225,7 +225,7 @@ def _global_scale(emit: Emitter, w: PackedWeight, dims: Dims) -> Node:
     """The multiplier of every row, float32 [*rows]."""
     rows = [size for _, size in dims]
     if w.global_scale is None:
-        return emit.full(rows, 1.0, w.qdata)
+        return emit.full(rows, w.factor, w.qdata)
     scale = w.global_scale
     if scale.meta["val"].dtype != torch.float32:
         scale = emit(prims.convert_element_type.default, scale, torch.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,15 +11,27 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from .nodes import fixed
 from .sample import Sampler, arguments, inputs_of, is_supported, is_tensor, shape_of
 
 aten = torch.ops.aten
 prims = torch.ops.prims
 
-BYTES = (torch.uint8, torch.int8, torch.float4_e2m1fn_x2)  # dtypes that packed codes come in, besides int32
+BYTES = (torch.uint8, torch.int8, torch.float4_e2m1fn_x2)  # dtypes that packed codes come in
+WORDS = (torch.int32, torch.uint32, torch.int16, torch.uint16)  # and those that ids and places come in too
 
 _CODED = (torch.float4_e2m1fn_x2, torch.float8_e4m3fn, torch.float8_e8m0fnu, torch.float8_e5m2)
 _MAX_CONE = 4000
+_MAX_INNER, _MAX_FACTORS = 4, 4
+_MAX_REDUCED = 64  # elements that a weight may be summed over, as one-hot codes are
+_REDUCING = (
+    aten.sum.dim_IntList,
+    aten.sum.default,
+    aten.mean.dim,
+    aten.mean.default,
+    aten.amax.default,
+    aten.amin.default,
+)
 _LAYOUT_ONLY = {
     *(aten.clone.default, aten.alias.default, aten.detach.default, aten.expand.default, aten.unsqueeze.default),
     *(aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default, aten.view.default, aten.reshape.default),
@@ -56,7 +69,7 @@ class Cone:
                 return None
             if is_supported(node):
                 stack += inputs_of(node)
-            elif node.meta["val"].dtype in (*BYTES, torch.int32):
+            elif node.meta["val"].dtype in (*BYTES, *WORDS):
                 packed.append(node)
         packed = [n for n in packed if n.meta["val"].dtype in BYTES or _is_unpacked(n, nodes)]
         packed = [n for n in packed if n.meta["val"].dim() > 0]
@@ -66,13 +79,16 @@ class Cone:
     def index_leaves(self) -> dict[Node, tuple[Node, int]]:
         """Integer nodes that choose experts or rows -> (the one that stands for all equal ones, bound of its values).
 
-        They do not depend on packed data, and are taken as they are: routing lies behind them.
+        They do not depend on packed data, and are taken as they are: routing lies behind them. Symbolic numbers that
+        select one expert are among them.
         """
         sources = Sampler(lambda node, at: None).sources
         found: dict[Node, tuple[Node, int]] = {}
         for node in self.nodes:
             if not is_supported(node):
                 continue
+            if place := _symbolic_place(node):
+                found[place[0]] = place
             for index, size in _indices(node):
                 root = _without_broadcast(index)
                 below = sources(root)
@@ -82,6 +98,32 @@ class Cone:
                 bound = min(size, found[equal][1]) if equal in found else size
                 found[equal] = found[root] = (equal, bound)
         return found
+
+    def computed_from(self, leaves: set[Node], constants: set[Node]) -> list[Node]:
+        """The first few nodes that are computed from all of `leaves`, and otherwise from `constants` alone."""
+        sources = Sampler(lambda node, at: None).sources
+        inner = [
+            n for n in self.nodes if is_supported(n) and _is_float(n) and leaves <= sources(n) <= leaves | constants
+        ]
+        return sorted(inner)[:_MAX_INNER] if leaves else []
+
+    def factors(self) -> list[float]:
+        """Numbers written in the program that something is multiplied with or divided by."""
+        found: dict[float, None] = {}
+        for node in self.nodes:
+            if getattr(node.target, "overloadpacket", None) not in (aten.mul, aten.div):
+                continue
+            for arg in node.args:
+                if isinstance(arg, Node) and arg.target is aten.full.default:
+                    arg = arg.args[1]
+                if isinstance(arg, (int, float)) and arg not in (0, 1):
+                    found[float(arg)] = None
+        return list(found)[:_MAX_FACTORS]
+
+
+def _is_float(node: Node) -> bool:
+    dtype = node.meta["val"].dtype
+    return dtype.is_floating_point and dtype.itemsize > 1
 
 
 def holds_codes(cone: Cone) -> bool:
@@ -105,6 +147,39 @@ def holds_codes(cone: Cone) -> bool:
     return False
 
 
+class Reach:
+    """Which nodes of a graph depend on leaves that may be packed, found once for each node.
+
+    What is summed over many elements is no weight any more, and depends on none.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Node, bool] = {}
+
+    def __call__(self, node: Node) -> bool:
+        stack = [node]
+        while stack:
+            current = stack[-1]
+            if current in self._known:
+                stack.pop()
+                continue
+            if not is_supported(current):
+                self._known[current] = current.meta["val"].dtype in (*BYTES, *WORDS)
+                continue
+            sources = inputs_of(current)
+            if missing := [source for source in sources if source not in self._known]:
+                stack += missing
+            else:
+                self._known[current] = any(self._known[s] for s in sources) and not _sums_many(current)
+        return self._known[node]
+
+
+def _sums_many(node: Node) -> bool:
+    if node.target not in _REDUCING:
+        return False
+    return math.prod(shape_of(inputs_of(node)[0])) > _MAX_REDUCED * math.prod(shape_of(node))
+
+
 def _takes_codes_apart(user: Node, node: Node) -> bool:
     packet = getattr(user.target, "overloadpacket", None)
     if packet in (aten.div, aten.mul, aten.floor_divide):
@@ -115,7 +190,7 @@ def _takes_codes_apart(user: Node, node: Node) -> bool:
 
 
 def _is_unpacked(leaf: Node, cone: Mapping[Node, None]) -> bool:
-    """Whether an int32 leaf is taken apart bit by bit, as packed codes are and ids are not."""
+    """Whether a leaf of words is taken apart bit by bit, as packed codes are and ids are not."""
     stack = [leaf]
     while stack:
         node = stack.pop()
@@ -156,6 +231,14 @@ def _indices(node: Node) -> list[tuple[Node, int]]:
     if node.target in (aten.index_select.default, aten.gather.default):
         return [(a.index, shape[a.dim])] if shape else []
     return [(index, size) for index, size in zip(a.indices, shape, strict=False) if index is not None]
+
+
+def _symbolic_place(node: Node) -> tuple[Node, int] | None:
+    """(the symbolic number that it selects at, size of the dimension)."""
+    if node.target is not aten.select.int:
+        return None
+    a = arguments(node)
+    return (a.index, shape_of(a.self)[a.dim]) if isinstance(a.index, Node) and fixed(a.index) is None else None
 
 
 def _without_broadcast(index: Node) -> Node:

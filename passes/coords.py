@@ -29,9 +29,10 @@ class Coords:
         index[:, dim] = values
         return replace(self, index=index)
 
-    def inserted(self, dim: int, value: int) -> Coords:
+    def inserted(self, dim: int, value: int | Tensor) -> Coords:
         left, right = self.index[:, :dim], self.index[:, dim:]
-        return replace(self, index=torch.cat((left, torch.full((len(left), 1), value), right), 1))
+        column = torch.as_tensor(value).expand(len(left))[:, None]
+        return replace(self, index=torch.cat((left, column, right), 1))
 
     def without(self, dim: int) -> Coords:
         return replace(self, index=torch.cat((self.index[:, :dim], self.index[:, dim + 1 :]), 1))

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Node
 
-from .cone import cone_key, cone_nodes
+from .cone import Reach, cone_key, cone_nodes
 from .found import Axis, PackedWeight, Refusal
 from .nodes import shape_of
 from .products import Product, find_products
@@ -66,10 +66,11 @@ class Memo:
         self._constants = constants
         self._results: dict[Hashable, tuple[tuple[Node, ...], PackedWeight | Refusal | None]] = {}
         self._by_node: dict[Node, PackedWeight | Refusal | None] = {}
+        self._may_be_packed = Reach()
 
     def recognise(self, node: Node) -> PackedWeight | Refusal | None:
         if node not in self._by_node:
-            self._by_node[node] = self._recognise(node)
+            self._by_node[node] = self._recognise(node) if self._may_be_packed(node) else None
         return self._by_node[node]
 
     def _recognise(self, node: Node) -> PackedWeight | Refusal | None:

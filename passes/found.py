@@ -48,7 +48,8 @@ class PackedWeight:
     `scale_dim` on hold 128 x 4 tiles, and `scale_axes` are those before, then those of the tiles' rows (several: the
     rows of several of qdata's dimensions flattened). `nibbles` tells where in an element of qdata its codes lie, in the
     order of K: 0 is the lowest four bits. Recognition relied on the values of `tables`. Zeros compare without their
-    signs. A block_scale of dtype uint8 holds the bytes of float8_e4m3fn.
+    signs. A block_scale of dtype uint8 holds the bytes of float8_e4m3fn. Without a global_scale all is multiplied by
+    `factor`, a number written in the program.
     """
 
     operand: Node
@@ -67,6 +68,7 @@ class PackedWeight:
     formula: str
     dtype: torch.dtype
     tables: tuple[Node, ...]
+    factor: float = 1.0
 
     @property
     def low_nibble_first(self) -> bool:
@@ -93,6 +95,10 @@ class Refused(Exception):  # noqa: N818 - the way to a `Refusal`, not an error
     def __init__(self, reason: str, advice: str) -> None:
         super().__init__(reason)
         self.reason, self.advice = reason, advice
+
+
+class UnknownScale(Refused):
+    """What scales the codes besides block scales is no leaf as it is; a node computed from several may be."""
 
 
 class NotPacked(Exception):  # noqa: N818

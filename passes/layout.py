@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fx_nvfp4.format import BLOCK
 
-from .found import Axis, NotPacked, Refused
+from .found import Axis, NotPacked, Refused, UnknownScale
 from .probe import Probe, Read
 from .sample import same_size, shape_of
 
@@ -176,7 +176,7 @@ def find_global(probe: Probe, qdata: Read, scale: Read) -> Read | None:
     rest = [r for r in probe.reads if r is not qdata and r is not scale]
     if len(rest) > 1 or any(not r.dtype.is_floating_point or r.dtype.itemsize == 1 for r in rest):
         names = ", ".join(f"{r.node.name} {str(r.dtype).removeprefix('torch.')}{list(shape_of(r.node))}" for r in rest)
-        raise Refused(f"it depends on more than codes, block and global scales: {names}", "apply the others apart")
+        raise UnknownScale(f"it depends on more than codes, block and global scales: {names}", "apply the others apart")
     if rest and not (rest[0].unique and bool(rest[0].seen.all())):
-        raise Refused(f"{rest[0].node.name} is not read once for every element", "apply one global scale to all")
+        raise UnknownScale(f"{rest[0].node.name} is not read once for every element", "apply one global scale to all")
     return rest[0] if rest else None

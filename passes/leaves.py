@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from .cone import BYTES, Cone
-from .sample import Coords, is_supported
+from .sample import Coords, is_supported, is_tensor
 
 _FINITE_E4M3 = torch.tensor([b for b in range(256) if b & 0x7F != 0x7F], dtype=torch.uint8)
 
@@ -64,16 +64,23 @@ class Leaves:
     """Values of the leaves of a cone: of tables what they hold, of all others a hash of coordinates and sample.
 
     Each sample is a world of its own, so that a global scale of one element takes as many values as there are samples.
+    `cuts` are nodes to be taken for leaves, whatever they are computed from.
     """
 
-    def __init__(self, cone: Cone, constants: Mapping[Node, Tensor], promoted: frozenset[Node]) -> None:
-        self.cone, self.constants, self.promoted = cone, constants, promoted
+    def __init__(
+        self,
+        cone: Cone,
+        constants: Mapping[Node, Tensor],
+        promoted: frozenset[Node] = frozenset(),
+        cuts: frozenset[Node] = frozenset(),
+    ) -> None:
+        self.cone, self.constants, self.promoted, self.cuts = cone, constants, promoted, cuts
         self.tables: dict[Node, None] = {}
         self.unknown_tables: dict[Node, None] = {}
         self._salts: dict[Node, int] = {}
 
     def __call__(self, node: Node, at: Coords) -> Tensor | None:
-        if node in self.cone.index_leaves or not is_supported(node):
+        if node in self.cone.index_leaves or node in self.cuts or not is_supported(node):
             return self.read(node, at)
         return None
 
@@ -89,7 +96,7 @@ class Leaves:
 
     def hashed(self, node: Node, at: Coords) -> Tensor:
         """Values [S] that a leaf which is no table takes; those that choose experts or rows stay within bounds."""
-        dtype = node.meta["val"].dtype
+        dtype = node.meta["val"].dtype if is_tensor(node) else torch.int64
         bound = None
         if node in self.cone.index_leaves:
             node, bound = self.cone.index_leaves[node]

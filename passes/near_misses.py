@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fx_nvfp4.format import E2M1_VALUES
 
-from .found import Refused
+from .found import Refused, UnknownScale
 from .probe import Probe, Read
 from .readings import Reading
 
@@ -33,7 +33,7 @@ def explain_values(
     if agreement < 0.6 and error < 0.1:
         return _rounding_unknown(share, error)
     if agreement < 0.6:
-        return Refused(
+        return UnknownScale(
             "values are not code * block scale * global scale, for any table of codes",
             "multiply codes by their scales and nothing else",
         )
@@ -42,12 +42,15 @@ def explain_values(
         if share < 0.5 and not place.startswith("element"):
             return Refused(f"{place} differs from the rest", "apply what is special there after the matmul")
         return _rounding_unknown(share, error)
-    return Refused(f"{_name_table(table, off)}", "use the E2M1 table 0, 0.5, 1, 1.5, 2, 3, 4, 6 with the sign in bit 3")
+    if _factor(table, known) > 0 and _like(table, known * _factor(table, known)):
+        text = f"values are {_factor(table, known):.3g} times those of NVFP4: put it in a global scale"
+        return UnknownScale(text, "multiply by a global scale, a tensor of its own")
+    return Refused(_name_table(table, off), "use the E2M1 table 0, 0.5, 1, 1.5, 2, 3, 4, 6 with the sign in bit 3")
 
 
 def _rounding_unknown(share: float, error: float) -> Refused:
     text = f"no known rounding: {100 * share:.2g}% of values differ (median relative error {error:.2g})"
-    return Refused(text, "round in float32, bfloat16 or float16")
+    return UnknownScale(text, "round in float32, bfloat16 or float16")
 
 
 def _median_error(out: Tensor, reading: Reading, finite: Tensor) -> float:
@@ -81,25 +84,26 @@ def _implied_table(out: Tensor, reading: Reading, finite: Tensor) -> tuple[float
     return agree / max(int(usable.sum()), 1), table
 
 
+def _factor(table: Tensor, other: Tensor) -> float:
+    """The number that other has to be multiplied with to come closest to table."""
+    return float((table @ other) / (other @ other))
+
+
+def _like(table: Tensor, other: Tensor) -> bool:
+    return bool(((table - other).abs() <= 0.004 * other.abs() + 0.001 * table.abs().max()).all())
+
+
 def _name_table(table: Tensor, off: Tensor) -> str:
     known = torch.tensor(E2M1_VALUES, dtype=torch.float64)
     steps = torch.arange(16, dtype=torch.float64)
-    largest = table.abs().max()
-
-    def like(other: Tensor | Sequence[float]) -> bool:
-        wanted = torch.as_tensor(other, dtype=torch.float64)
-        return bool(((table - wanted).abs() <= 0.004 * wanted.abs() + 0.001 * largest).all())
-
-    def factor(other: Tensor) -> float:
-        return float((table @ other) / (other @ other))
 
     def proportional(other: Tensor | Sequence[float]) -> bool:
         wanted = torch.as_tensor(other, dtype=torch.float64)
-        return factor(wanted) > 0 and like(wanted * factor(wanted))
+        return _factor(table, wanted) > 0 and _like(table, wanted * _factor(table, wanted))
 
     if proportional(torch.where(steps < 8, steps, steps - 16)):
         return "codes are int4 (two's complement), not E2M1"
-    if like(steps - 8):
+    if _like(table, steps - 8):
         return "codes are unsigned int4 offset by 8, not E2M1"
     if proportional(_NF4):
         return "codes are NF4, not E2M1"
@@ -110,8 +114,6 @@ def _name_table(table: Tensor, off: Tensor) -> str:
             return f"codes are offset by {offset}"
     if proportional(torch.cat((known[:8], known[8:].flip(0)))):
         return "the negative half of the table is in reverse order"
-    if proportional(known):
-        return f"values are {factor(known):.3g} times those of NVFP4: put it in a global scale"
     entries = off.nonzero()[:, 0].tolist()
     shown = ", ".join(f"table entry {i} is {float(table[i]):.3g}, NVFP4 has {E2M1_VALUES[i]}" for i in entries[:3])
     return shown + (f" ({len(entries)} entries differ)" if len(entries) > 3 else "")

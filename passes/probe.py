@@ -33,7 +33,8 @@ class Read:
     @staticmethod
     def gather(node: Node, reads: Iterable[Coords], samples: int) -> Read:
         """What `samples` samples read of `node`, from what a `Sampler` recorded of it."""
-        index = torch.zeros(samples, len(shape_of(node)), dtype=torch.int64)
+        rank = len(shape_of(node)) if is_tensor(node) else 0
+        index = torch.zeros(samples, rank, dtype=torch.int64)
         seen, unique = torch.zeros(samples, dtype=torch.bool), True
         for at in reads:
             known = seen[at.sample]
@@ -56,7 +57,7 @@ class Probe:
 
     def __init__(self, cone: Cone, coords: Tensor, leaves: Leaves) -> None:
         self.operand, self.coords, self.leaves = cone.operand, coords, leaves
-        sampler = Sampler(leaves)
+        sampler = Sampler(leaves, cone.index_leaves)
         self.out = sampler.evaluate(cone.operand, coords)
         reads = [Read.gather(n, reads, len(coords)) for n, reads in sampler.reads.items()]
         self.chosen = {r.node: r for r in reads if r.node in cone.index_leaves}
@@ -178,16 +179,16 @@ def _is_wide_integer(dtype: torch.dtype) -> bool:
     return not dtype.is_floating_point and dtype.itemsize > 1
 
 
-def probe_cone(cone: Cone, constants: Mapping[Node, Tensor]) -> Probe:
-    """Evaluates a cone, finding out on the way which of the constants act as tables."""
+def probe_cone(cone: Cone, constants: Mapping[Node, Tensor], cuts: frozenset[Node] = frozenset()) -> Probe:
+    """Evaluates a cone down to its leaves and `cuts`, finding out on the way which of the constants act as tables."""
     generator = torch.Generator().manual_seed(0)
     coords = _first_coords(shape_of(cone.operand), generator)
     promoted: frozenset[Node] = frozenset()
-    leaves = Leaves(cone, constants, promoted)
-    small = with_boundaries(cone.operand, lambda: Sampler(leaves), coords[:_FIRST], generator)
+    leaves = Leaves(cone, constants, promoted, cuts)
+    small = with_boundaries(cone.operand, lambda: Sampler(leaves, cone.index_leaves), coords[:_FIRST], generator)
     coords = torch.cat((small, coords[_FIRST:]))
     while True:
-        probe = Probe(cone, coords, Leaves(cone, constants, promoted))
+        probe = Probe(cone, coords, Leaves(cone, constants, promoted, cuts))
         known = {r.node for r in probe.reads if r.node in constants and r.node not in cone.packed}
         # What is read as a whole is a table; integers wider than a byte are shifts or places, never scales.
         whole = {r.node for r in probe.reads if r.node in known and (not r.unique or _is_wide_integer(r.dtype))}

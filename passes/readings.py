@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,10 +16,14 @@ from .probe import Probe, Read
 
 @dataclass(frozen=True)
 class Reading:
-    """The values that samples read under one way to take them: nibble order and direction of the global scale."""
+    """The values that samples read under one way to take them.
+
+    nibbles: their order in an element. divide: whether by the global scale. factor: a number in place of it, if any.
+    """
 
     nibbles: tuple[int, ...]
     divide: bool
+    factor: float | None
     nibble: Tensor
     scale: Tensor
     global_scale: Tensor
@@ -29,7 +34,7 @@ class Reading:
 
     def take(self, mask: Tensor) -> Reading:
         cut = (x[mask] for x in (self.nibble, self.scale, self.global_scale))
-        return Reading(self.nibbles, self.divide, *cut)
+        return Reading(self.nibbles, self.divide, self.factor, *cut)
 
 
 def _orders(codes: int) -> Iterator[tuple[int, ...]]:
@@ -46,15 +51,23 @@ def _orders(codes: int) -> Iterator[tuple[int, ...]]:
     return iter(orders)
 
 
-def read_values(probe: Probe, qdata: Read, scale: Read, global_scale: Read | None, k_dim: int) -> Iterator[Reading]:
-    """All readings of the leaves that hold qdata, block scales and global scale, the usual order of nibbles first."""
+def read_values(
+    probe: Probe, qdata: Read, scale: Read, global_scale: Read | None, k_dim: int, factors: Sequence[float]
+) -> Iterator[Reading]:
+    """All readings of the leaves that hold qdata, block scales and global scale, the usual order of nibbles first.
+
+    Without a global scale each of `factors` may take its place.
+    """
     k = probe.coords[:, k_dim]
     bytes_each = qdata.dtype.itemsize
     element = probe.values(qdata).contiguous().view(torch.uint8).reshape(-1, bytes_each).long()
     s = probe.values(scale).view(torch.float8_e4m3fn).float()
-    g = probe.values(global_scale) if global_scale else torch.ones(len(k))
-    for order in _orders(2 * bytes_each):
+    ones = torch.ones(len(k))
+    scales: list[tuple[float | None, Tensor]] = [(None, ones), *((f, ones * f) for f in factors)]
+    if global_scale:
+        scales = [(None, probe.values(global_scale))]
+    for (factor, g), order in itertools.product(scales, _orders(2 * bytes_each)):
         place = torch.tensor(order)[k % len(order)]
         nibble = (element[torch.arange(len(k)), place // 2] >> place % 2 * 4) & 15
-        for divide in (False, True) if global_scale else (False,):
-            yield Reading(order, divide, nibble, s, g)
+        for divide in (False, True) if global_scale or factor is not None else (False,):
+            yield Reading(order, divide, factor, nibble, s, g)

@@ -88,7 +88,10 @@ def _slice(sampler: Sampler, node: Node, a: SimpleNamespace, at: Coords) -> Tens
 def _select(sampler: Sampler, node: Node, a: SimpleNamespace, at: Coords) -> Tensor:
     shape = a.self.meta["val"].shape
     dim = a.dim % len(shape)
-    return sampler.value(a.self, at.inserted(dim, _place(node, a.index, shape[dim])))
+    place = sampler.place(node, a.index, at)
+    if isinstance(place, int) and place < 0:
+        place += number(node, shape[dim])
+    return sampler.value(a.self, at.inserted(dim, place))
 
 
 def _merge(node: Node, size: int, parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:

@@ -9,7 +9,7 @@ the walk alone; `sample` is the walk with the handlers of ATen's ops.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -136,16 +136,17 @@ def is_supported(node: Node) -> bool:
 class Sampler:
     """Evaluates nodes at sampled coordinates.
 
-    `leaf(node, coords)` returns the values [S] of a node that is not to be walked through, or None. After `evaluate`,
-    `reads` tells what each leaf was asked for and `edges` where the way through the graph depends on coordinates.
+    `leaf(node, coords)` returns the values [S] of a node that is not to be walked through, or None; `symbols` are the
+    symbolic numbers that it knows too, which choose what is read. After `evaluate`, `reads` tells what each leaf was
+    asked for and `edges` where the way through the graph depends on coordinates.
     """
 
     rules = ATEN
 
-    def __init__(self, leaf: Leaf) -> None:
+    def __init__(self, leaf: Leaf, symbols: Container[Node] = ()) -> None:
         self.reads: dict[Node, list[Coords]] = {}
         self.edges: dict[tuple[Node, int, int], Edge] = {}
-        self._leaf = leaf
+        self._leaf, self._symbols = leaf, symbols
         # Coordinates are kept with what was computed from them, so that an id names one object only.
         self._values: dict[tuple[Node, int], tuple[Tensor, Coords]] = {}
         self._broadcast: dict[tuple[int, tuple[int, ...]], tuple[Coords, Coords]] = {}
@@ -179,6 +180,15 @@ class Sampler:
             return rule.handler(self, node, args, at).to(node.meta["val"].dtype)
         except (RuntimeError, IndexError, TypeError, NotImplementedError) as error:
             raise Unsupported(node, str(error).split("\n")[0]) from error
+
+    def place(self, node: Node, index: Any, at: Coords) -> Any:
+        """A number among the arguments of `node` that decides what is read; values [S] of a symbol that is a leaf."""
+        if index not in self._symbols:
+            return number(node, index)
+        everywhere = at.moved(at.index[:, :0])
+        values = self._leaf(index, everywhere)
+        self.reads.setdefault(index, []).append(everywhere)
+        return values
 
     def operand(self, value: Any, at: Coords, shape: Sequence[int]) -> Any:
         """An argument of an op that broadcasts its tensors to `shape`: values [S] of a tensor, or the number itself."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from .formulas import SHORT, Formula, formulas
@@ -14,11 +17,21 @@ from .readings import Reading, read_values
 _QUICK = 256
 
 
+@dataclass(frozen=True)
+class Matched:
+    """How the values of an operand are made of what was read."""
+
+    nibbles: tuple[int, ...]
+    global_op: Literal["multiply", "divide"] | None
+    factor: float
+    formula: str
+
+
 def match_values(
-    probe: Probe, qdata: Read, scale: Read, global_scale: Read | None, k_dim: int
-) -> tuple[tuple[int, ...], Literal["multiply", "divide"] | None, str]:
-    """Order of the nibbles, direction of the global scale and name of the formula that reproduces every sample."""
-    readings = list(read_values(probe, qdata, scale, global_scale, k_dim))
+    probe: Probe, qdata: Read, scale: Read, global_scale: Read | None, k_dim: int, factors: Sequence[float]
+) -> Matched:
+    """The reading and the formula that reproduce every sample; raises `Refused` if none does."""
+    readings = list(read_values(probe, qdata, scale, global_scale, k_dim, factors))
     finite = readings[0].scale.isfinite()  # raw bytes may spell NaN, which no block scale is
     quick = finite.nonzero()[:: max(1, int(finite.sum()) // _QUICK), 0]
     tried: list[tuple[float, Formula, Reading]] = []
@@ -27,13 +40,21 @@ def match_values(
         for formula in formulas(reading.divide, probe.out.dtype, few.global_scale.dtype):
             share = float(_matches(probe.out[quick], formula, few).float().mean())
             if share == 1 and bool(_matches(probe.out, formula, reading)[finite].all()):
-                name = formula.name(probe.out.dtype) if global_scale else f"{SHORT[probe.out.dtype]}(v * s)"
-                op: Literal["multiply", "divide"] = "divide" if reading.divide else "multiply"
-                return reading.nibbles, op if global_scale else None, name
+                return _matched(formula, reading, probe.out.dtype, global_scale is not None)
             tried.append((share, formula, reading))
     nearest = sorted(tried, key=lambda t: -t[0])[:16]
     wrong = min((finite & ~_matches(probe.out, f, r) for _, f, r in nearest), key=lambda mask: int(mask.sum()))
-    raise explain_values(probe, readings, wrong, finite, k_dim, scale)
+    plain = [r for r in readings if r.factor is None]
+    raise explain_values(probe, plain, wrong, finite, k_dim, scale)
+
+
+def _matched(formula: Formula, reading: Reading, dtype: torch.dtype, scaled: bool) -> Matched:
+    if scaled:
+        return Matched(reading.nibbles, "divide" if reading.divide else "multiply", 1.0, formula.name(dtype))
+    if reading.factor is None:
+        return Matched(reading.nibbles, None, 1.0, f"{SHORT[dtype]}(v * s)")
+    factor = 1 / reading.factor if reading.divide else reading.factor
+    return Matched(reading.nibbles, None, factor, f"{formula.name(dtype)}, g = {reading.factor:.6g}")
 
 
 def _matches(out: Tensor, formula: Formula, reading: Reading) -> Tensor:

@@ -7,6 +7,7 @@ bit for bit and in every sample, one of the formulas `round(code * block_scale *
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 
 import torch
@@ -15,9 +16,9 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Node
 
 from .cone import Cone, cone_key, cone_nodes, holds_codes
-from .found import Axis, NotPacked, PackedWeight, Refusal, Refused
+from .found import Axis, NotPacked, PackedWeight, Refusal, Refused, UnknownScale
 from .layout import explained, find_global, find_qdata, find_scale
-from .probe import probe_cone
+from .probe import Probe, Read, probe_cone
 from .sample import SymbolicPosition, Unsupported, is_tensor, shape_of
 from .values import match_values
 
@@ -54,8 +55,23 @@ def recognise_weight(node: Node, constants: Mapping[Node, Tensor]) -> PackedWeig
             return Refusal(node, f"cannot be evaluated: {error}", "spell the dequantisation without this op")
 
 
-def _recognise(cone: Cone, constants: Mapping[Node, Tensor]) -> PackedWeight | Refusal:
+def _recognise(cone: Cone, constants: Mapping[Node, Tensor]) -> PackedWeight:
     probe = probe_cone(cone, constants)
+    try:
+        return _explained(cone, probe)
+    except UnknownScale as refused:
+        # Several scales, or one that is computed: what they come to is a node of the graph.
+        for node in cone.computed_from({r.node for r in probe.reads if _may_scale(r)}, set(probe.leaves.tables)):
+            with contextlib.suppress(Refused):
+                return _explained(cone, probe_cone(cone, constants, frozenset((node,))))
+        raise refused
+
+
+def _may_scale(read: Read) -> bool:
+    return read.dtype.is_floating_point and read.dtype.itemsize > 1
+
+
+def _explained(cone: Cone, probe: Probe) -> PackedWeight:
     qdata, packed_dim, k_dim = find_qdata(probe)
     if probe.leaves.unknown_tables:
         names = ", ".join(n.name for n in probe.leaves.unknown_tables)
@@ -72,7 +88,7 @@ def _recognise(cone: Cone, constants: Mapping[Node, Tensor]) -> PackedWeight | R
     for read, axes in ((qdata, qdata_axes), (scale, scale_axes), (global_scale, global_axes)):
         if read and any(k_dim in axis.dims() for axis in axes):
             raise Refused(f"{read.node.name} is addressed by K in more than one dimension", "keep K one dimension")
-    nibbles, op, formula = match_values(probe, qdata, scale, global_scale, k_dim)
+    values = match_values(probe, qdata, scale, global_scale, k_dim, cone.factors())
     return PackedWeight(
         operand=cone.operand,
         qdata=qdata.node,
@@ -85,11 +101,12 @@ def _recognise(cone: Cone, constants: Mapping[Node, Tensor]) -> PackedWeight | R
         scale_dim=scale_dim,
         scale_layout=layout,
         global_axes=global_axes,
-        nibbles=nibbles,
-        global_op=op,
-        formula=formula,
+        nibbles=values.nibbles,
+        global_op=values.global_op,
+        formula=values.formula,
         dtype=cone.operand.meta["val"].dtype,
         tables=tuple(probe.leaves.tables),
+        factor=values.factor,
     )
 
 

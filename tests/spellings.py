@@ -146,6 +146,19 @@ def bfloat16_bits(q: Tensor) -> Tensor:
     return bits.view(torch.bfloat16).float() * 2.0**126
 
 
+def float8_bits(q: Tensor) -> Tensor:
+    """The bits of a code are those of a float8_e4m3fn 64 times smaller."""
+    codes = _both(q & 15, q >> 4)
+    bits = ((codes & 8) << 4) | ((codes & 7) << 2)
+    return bits.view(torch.float8_e4m3fn).float() * 64
+
+
+def float16_bits(q: Tensor) -> Tensor:
+    codes = _both(q & 15, q >> 4).to(torch.int16)
+    bits = ((codes & 8) << 12) | ((codes & 7) << 9)
+    return bits.view(torch.float16).float() * 2.0**14
+
+
 def where_chain(q: Tensor) -> Tensor:
     codes = _both(q & 15, q >> 4)
     values = torch.zeros(codes.shape, dtype=torch.float32)
@@ -162,10 +175,25 @@ def masked_fill(q: Tensor) -> Tensor:
     return values
 
 
+def where_by_bit(q: Tensor) -> Tensor:
+    """Each bit of a code chooses between two values."""
+    codes = _both(q & 15, q >> 4)
+    low, middle, high = ((codes & bit) != 0 for bit in (1, 2, 4))
+    small = torch.where(middle, torch.where(low, 1.5, 1.0), torch.where(low, 0.5, 0.0))
+    large = torch.where(middle, torch.where(low, 6.0, 4.0), torch.where(low, 3.0, 2.0))
+    magnitude = torch.where(high, large, small)
+    return torch.where(codes > 7, -magnitude, magnitude)
+
+
 def one_hot(q: Tensor) -> Tensor:
     codes = _both(q & 15, q >> 4)
     hot = codes[..., None] == torch.arange(16, dtype=torch.uint8)
     return (hot * torch.tensor(E2M1)).sum(-1)
+
+
+def one_hot_function(q: Tensor) -> Tensor:
+    codes = _both(q & 15, q >> 4).long()
+    return (torch.nn.functional.one_hot(codes, 16) * torch.tensor(E2M1)).sum(-1)
 
 
 def slice_assign(q: Tensor) -> Tensor:
@@ -174,6 +202,14 @@ def slice_assign(q: Tensor) -> Tensor:
     values[..., 0::2] = table[(q & 15).int()]
     values[..., 1::2] = table[(q >> 4).int()]
     return values
+
+
+def empty_then_flat(q: Tensor) -> Tensor:
+    """Both halves of a byte written into a buffer of codes, which are then looked up."""
+    codes = torch.empty(*q.shape, 2, dtype=torch.uint8)
+    codes[..., 0] = q & 0xF
+    codes[..., 1] = q >> 4
+    return torch.tensor(E2M1)[codes.view(*q.shape[:-1], -1).long()]
 
 
 def interleave(q: Tensor) -> Tensor:
@@ -210,8 +246,9 @@ DECODERS = {
     f.__name__: f
     for f in (
         *(lookup, lookup_of_eight, lookup_of_bytes, embedding, two_lookups_of_bytes, index_select, gather, arithmetic),
-        *(float_bits, bfloat16_bits, where_chain, masked_fill, one_hot, slice_assign, interleave, shift_by_vector),
-        *(divide_and_remainder, doubled_integers, int8_bytes),
+        *(float_bits, bfloat16_bits, float16_bits, float8_bits, where_chain, where_by_bit, masked_fill, one_hot),
+        *(one_hot_function, slice_assign, interleave, shift_by_vector, divide_and_remainder, doubled_integers),
+        *(int8_bytes, empty_then_flat),
     )
 }
 

@@ -127,6 +127,14 @@ def test_einsum_of_all_experts_merges_experts_and_rows():
     assert found.qdata_axes == (Axis("quotient", dim=last, size=N), Axis("remainder", dim=last, size=N))
 
 
+def test_einsum_of_some_rows_of_all_experts():
+    q, s, g = weight()
+    fn = lambda q, s, g: dequantise(q, s, g)[:, 1::3].flatten(0, 1)  # noqa: E731
+    found, _ = accepted(fn, q, s, g)
+    rows = Axis("remainder", dim=0, size=N // 3, step=3, value=1)
+    assert found.qdata_axes == found.scale_axes == (Axis("quotient", dim=0, size=N // 3), rows)
+
+
 @pytest.mark.parametrize(
     ("part", "axis"),
     [
@@ -145,17 +153,37 @@ def test_part_of_the_rows(part, axis):
 @pytest.mark.parametrize(
     "part",
     [
-        lambda w, n: torch.select(w, 1, n),
-        lambda w, n: torch.select(w, 0, n),
         lambda w, n: w[:, n : n + 32],
+        lambda w, n: w[:, n:],
         lambda w, n: w[torch.full((2,), n)],
     ],
 )
 def test_symbolic_places_are_refused(part):
-    """The expert that tracing saw is not the one of the next call."""
+    """What tracing saw is not what the next call means."""
     q, s, g = weight()
     fn = lambda q, s, g, t: part(dequantise(q, s, g), t.shape[0])  # noqa: E731
     assert refused(fn, q, s, g, torch.rand(3), dynamic={3: (0,)}).startswith("expert chosen by a symbolic index")
+
+
+@pytest.mark.parametrize("d", [0, 1])
+def test_symbolic_number_selects(d):
+    """It is an index like any tensor of ids, of no dimensions; the expert that tracing saw is none of its values."""
+    q, s, g = weight()
+    fn = lambda q, s, g, t: torch.select(dequantise(q, s, g), d, t.shape[0])  # noqa: E731
+    found, _ = accepted(fn, q, s, g, torch.rand(3), dynamic={3: (0,)})
+    symbol = found.qdata_axes[d]
+    assert (symbol.kind, symbol.index_axes) == ("index", ())
+    assert isinstance(symbol.node.meta["val"], torch.SymInt)
+    assert found.qdata_axes[1 - d] == dim(0)
+    assert found.global_axes == found.qdata_axes[:1]
+
+
+def test_rows_stored_flattened():
+    q, s, g = weight()
+    fn = lambda q, s, g: dequantise(q.view(E, N, K // 2), s, g)  # noqa: E731
+    found, _ = accepted(fn, q.view(E * N, K // 2), s, g)
+    assert found.qdata_axes == (Axis("pair", size=N, parts=(dim(0), dim(1))),)
+    assert found.scale_axes == (dim(0), dim(1))
 
 
 def test_symbolic_experts_are_whole():

@@ -180,9 +180,13 @@ def test_added_zero_point():
     assert "depends on more" in refused(fn, q, s, g, torch.rand(E, N).to(BF16))
 
 
-def test_two_global_scales():
+def test_scale_of_columns():
+    """A factor that depends on K belongs to x, be it computed with the global scale or not."""
     q, s, g = weight()
-    assert "depends on more" in refused(lambda q, s, g, h: dequantise(q, s, g * h), q, s, g, torch.rand(E))
+    fn = lambda q, s, g, h: dequantise(q, s, g) * h  # noqa: E731
+    assert "depends on more" in refused(fn, q, s, g, torch.rand(K).to(BF16))
+    fn = lambda q, s, g, h: (lookup(q) * s.float().repeat_interleave(16, -1) * (g[:, None] * h)[:, None]).to(BF16)  # noqa: E731
+    assert refused(fn, q, s, g, torch.rand(K))
 
 
 def test_two_packed_tensors():
@@ -200,12 +204,6 @@ def test_merged_k():
 def test_part_of_k():
     q, s = packed(N, 2 * K)
     assert "part of" in refused(lambda q, s, g: dequantise(q, s, g)[:, :K], q, s, torch.tensor(0.5))
-
-
-def test_number_for_global_scale():
-    """A global scale that tracing turned into a number cannot be an input of an op."""
-    q, s = packed(N, K)
-    assert "times those of NVFP4" in refused(lambda q, s: by_blocks(lookup(q), s.float() * 0.37).to(BF16), q, s)
 
 
 def test_op_that_cannot_be_sampled():

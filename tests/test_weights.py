@@ -3,7 +3,7 @@
 import pytest
 import torch
 from fx_nvfp4.passes.weights import PackedWeight, recognise_weight
-from recognition import BF16, FP16, FP32, K, N, accepted, dim, refused, weight
+from recognition import BF16, FP16, FP32, E, K, N, accepted, dim, refused, weight
 from spellings import DECODERS, E2M1, by_blocks, dequantise, lookup, packed, per_matrix, trace
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -54,6 +54,52 @@ def test_known_scales_are_not_trusted():
     assert not set(found.tables) & set(inputs)
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize(
+    "g",
+    [
+        lambda g, h: g * h,
+        lambda g, h: g / (448 * 6) * h,
+        lambda g, h: torch.where(h > 1, g, g * 2),
+        lambda g, h: (g.double() / h.double()).float(),
+    ],
+)
+def test_computed_global_scale(g, dtype):
+    """Two scales, or one that is computed: what they come to is a node of the graph."""
+    q, s, first = weight()
+    fn = lambda q, s, a, b: dequantise(q, s, g(a, b), dtype)  # noqa: E731
+    found, inputs = accepted(fn, q, s, first, torch.rand(E))
+    assert found.global_scale not in inputs
+    assert found.global_scale.meta["val"].shape == (E,)
+    assert found.global_axes == (dim(0),)
+
+
+def test_global_scale_computed_from_one_input():
+    """ModelOpt keeps amax, of which the global scale is a share."""
+    q, s, amax = weight()
+    found, inputs = accepted(lambda q, s, a: dequantise(q, s, a.float() / 2688), q, s, amax)
+    assert found.global_scale.args == (inputs[2], 2688)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+@pytest.mark.parametrize(
+    ("scale", "factor"),
+    [
+        (lambda v, s: by_blocks(v, s * 0.37), 0.37),
+        (lambda v, s: by_blocks(v, s) / 2688, 1 / 2688),
+        (lambda v, s: by_blocks(v * 0.37, s), 0.37),
+        (lambda v, s: by_blocks(v, s) * torch.tensor(0.37), 0.37),
+    ],
+)
+def test_number_for_global_scale(scale, factor, dtype):
+    q, s = packed(N, K)
+    found, _ = accepted(lambda q, s: scale(lookup(q), s.float()).to(dtype), q, s)
+    if found.global_scale is None:
+        assert (found.global_op, found.factor) == (None, factor)
+    else:
+        assert found.global_scale.op == "get_attr"
+
+
 def test_high_nibble_first():
     q, s, g = weight()
     swapped = lambda q, s, g: dequantise((q >> 4) | (q << 4), s, g)  # noqa: E731
@@ -74,6 +120,27 @@ def test_scale_bytes_decoded_by_table():
     found, inputs = accepted(fn, q, s.view(torch.uint8), g, table, tables=(3,))
     assert found.block_scale == inputs[1]
     assert inputs[3] in found.tables
+
+
+@pytest.mark.parametrize("order", [(7, 6, 5, 4, 3, 2, 1, 0), (1, 0, 3, 2, 5, 4, 7, 6), (0, 4, 1, 5, 2, 6, 3, 7)])
+def test_order_of_nibbles_in_words(order):
+    q, s, g = weight()
+
+    def fn(q, s, g):
+        codes = (q[..., None] >> torch.tensor([4 * place for place in order], dtype=torch.int32)) & 15
+        return by_blocks(torch.tensor(E2M1)[codes].flatten(-2), s.float() * per_matrix(g)).to(BF16)
+
+    assert accepted(fn, q.view(torch.int32), s, g)[0].nibbles == order
+
+
+def test_unknown_order_of_nibbles_is_refused():
+    q, s, g = weight()
+
+    def fn(q, s, g):
+        codes = (q[..., None] >> torch.tensor([0, 4, 8, 12, 16, 24, 20, 28], dtype=torch.int32)) & 15
+        return by_blocks(torch.tensor(E2M1)[codes].flatten(-2), s.float() * per_matrix(g)).to(BF16)
+
+    assert refused(fn, q.view(torch.int32), s, g)
 
 
 @pytest.mark.parametrize("how", ["shift", "view"])
