@@ -52,6 +52,8 @@ def make_world(tokens: int, slots: int, choices: int, dtype: torch.dtype, kind: 
     crowd = (torch.arange(slots) + torch.arange(tokens)[:, None]) % slots
     if kind == "random":
         ids = torch.rand(tokens, choices, generator=generator).topk(slots, dim=1).indices
+        # Few tokens may come out in the order of their experts, in which sorting them would not show.
+        ids[:1], ids[-1:] = choices - 1 - crowd[:1], crowd[-1:]
     elif kind == "repeated":
         ids = torch.randint(0, choices + 1, (tokens, slots), generator=generator)
     else:
