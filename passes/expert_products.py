@@ -21,6 +21,7 @@ aten = torch.ops.aten
 nvfp4 = torch.ops.fx_nvfp4
 
 Parts = tuple[Node, Node, Node]  # qdata, block_scale, global_scale
+_BYTES = (torch.uint8, torch.float8_e4m3fn)  # what the op takes for block scales; codes in other dtypes keep their view
 KINDS = {getattr(nvfp4, name).default: name for name in ("linear", "batched", "indexed", "grouped")}
 
 
@@ -127,13 +128,9 @@ def own_parts(product: ExpertProduct) -> Parts:
 
 def _bare(part: Any) -> Any:
     """A part without the views that tell float8_e4m3fn from its bytes."""
-    while is_tensor(part) and part.target is aten.view.dtype and _width(part) == _width(part.args[0]):
+    while is_tensor(part) and part.target is aten.view.dtype and part.args[0].meta["val"].dtype in _BYTES:
         part = part.args[0]
     return part
-
-
-def _width(node: Node) -> int:
-    return node.meta["val"].dtype.itemsize
 
 
 def _sliced(part: Node, dim: int) -> tuple[Node, int] | None:
