@@ -57,13 +57,21 @@ def _is_pinned(func: Any, types: Any, args: Any, kwargs: Any) -> bool:
 @implements([aten.copy_.default])
 def _copy(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     to, source = args[:2]
-    if not (isinstance(to, NVFP4Weight) and isinstance(source, NVFP4Weight)) or to.describe() != source.describe():
+    if not _same_kind(to, source):
         kinds = [repr(t) if isinstance(t, NVFP4Weight) else f"{t.dtype} {list(t.shape)}" for t in (to, source)]
         raise ValueError(
-            f"copy_: cannot copy {kinds[1]} into {kinds[0]}; between packed and dense weights, or other activations, "
-            "use load_state_dict(..., assign=True) or replace the parameter"
+            f"copy_: cannot copy {kinds[1]} into {kinds[0]}; between packed and dense weights, other activations, or "
+            "views of other dims or of chosen experts, use load_state_dict(..., assign=True) or replace the parameter"
         )
     names, _ = to.__tensor_flatten__()
     for name in names:
         getattr(to, name).copy_(getattr(source, name))
     return to
+
+
+def _same_kind(to: Tensor, source: Tensor) -> bool:
+    """Whether the parts of one mean the same in the other, and copying writes nothing else."""
+    if not (isinstance(to, NVFP4Weight) and isinstance(source, NVFP4Weight)):
+        return False
+    chosen = to.expert_ids is not None or source.expert_ids is not None
+    return not chosen and to.describe() == source.describe() and to.dims == source.dims

@@ -67,7 +67,7 @@ def _(x: Tensor, ids: Tensor, weights: Tensor, *operands: Any, **options: Any) -
 
 @moe_backward.register_fake
 def _(grad: Tensor, x: Tensor, ids: Tensor, weights: Tensor, *operands: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(weights)
+    return x.new_empty(x.shape), weights.new_empty(weights.shape)
 
 
 def make_block(

@@ -18,9 +18,13 @@ def regroup(func: Any, w: NVFP4Weight, shape: Sequence[int]) -> NVFP4Weight:
     """w in another shape with the elements in the order shown.
 
     Raises:
+        RuntimeError: the shape has another number of elements.
         NotImplementedError: K would be split, or the sizes do not fall on dims of [.., N, K].
     """
-    shape = _without_minus_one(w, shape)
+    asked, shape = shape, _without_minus_one(w, shape)
+    torch._check(
+        math.prod(shape) == w.numel(), lambda: f"shape {list(asked)} is invalid for an NVFP4Weight {list(w.shape)}"
+    )
     groups, factors = _factor(func, w, shape)
     if len(factors[-1]) > 1:
         raise unsupported(func, w, f"shape {list(shape)} asked for, which splits K = {w.sizes[-1]}")

@@ -133,6 +133,12 @@ class NVFP4Weight(TorchAOBaseTensor):
             )
         return super().requires_grad_(False)
 
+    def share_memory_(self) -> NVFP4Weight:
+        """Move the parts to memory that processes share; torch's own looks for a storage that is not there."""
+        for name in self.__tensor_flatten__()[0]:
+            getattr(self, name).share_memory_()
+        return self
+
     def _stable_hash_for_caching(self) -> str:
         """What AOTAutograd's cache keys this weight on."""
         return layout_key(self)

@@ -377,6 +377,20 @@ def test_compiled_training_is_the_same_for_any_number_of_tokens():
     assert len(frames) == 1
 
 
+def test_compiled_gradients_of_transposed_operands():
+    layer = Layer()
+    x, ids, weights, *rest = layer.operands()
+    x, weights = (t.t().contiguous().requires_grad_() for t in (x, weights))
+
+    def block(x, weights):
+        return op(x.t(), ids, weights.t(), *rest).sum()
+
+    wanted = torch.autograd.grad(block(x, weights), (x, weights))
+    got = torch.autograd.grad(torch.compile(block)(x, weights), (x, weights))
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_shapes_with_symbolic_tokens_and_slots():
     layer = Layer(dtype=torch.bfloat16)
     x, ids, weights, *rest = layer.operands()

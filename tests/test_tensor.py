@@ -182,6 +182,26 @@ def test_loading_dense_into_packed_says_what_to_do():
         module.load_state_dict({"w": torch.randn(E, N, K)})
 
 
+@pytest.mark.parametrize("view", [lambda w: w.mT, lambda w: w[torch.arange(E)]], ids=["other dims", "chosen experts"])
+def test_copying_between_views_that_lie_differently_is_refused(view):
+    square, other = make_weight((E, N, N)), make_weight((E, N, N))
+    before = square.dequantize()
+    for to, source in ((square, view(other)), (view(square), other)):
+        with pytest.raises(ValueError, match=r"copy_: cannot copy .* use load_state_dict"):
+            to.copy_(source)
+    assert torch.equal(square.dequantize(), before)
+    assert torch.equal(square.mT.copy_(other.mT).mT.dequantize(), other.dequantize())
+
+
+def test_share_memory_moves_every_part():
+    weight = make_weight()
+    layer = nn.Linear(K, N)
+    layer.weight = hold(weight)
+    layer.share_memory()
+    names, _ = weight.__tensor_flatten__()
+    assert all(getattr(layer.weight, name).is_shared() for name in names)
+
+
 def test_packed_weights_are_frozen():
     weight = make_weight()
     assert not weight.requires_grad_(False).requires_grad

@@ -124,11 +124,17 @@ def test_one_activation_scale_for_all_becomes_one_for_each_when_stacked():
     assert torch.stack(weights).act_scale.tolist() == [0.5, 0.25]
 
 
+@pytest.mark.parametrize("shape", [(E, N // 2, K), (E * 2, N, K), (-1, 5), (N, K)])
+def test_a_shape_of_another_size_is_refused_as_for_any_tensor(shape):
+    with pytest.raises(RuntimeError, match=r"is invalid for an NVFP4Weight \[4, 96, 64\]"):
+        make_weight().view(shape)
+
+
 @pytest.mark.parametrize(
     ("view", "message"),
     [
         (lambda w: w.view(E, N, 2, K // 2), r"splits K = 64"),
-        (lambda w: w.view(-1, 5), r"does not fall on dims of \[4, 96, 64\]"),
+        (lambda w: w.view(3, -1), r"does not fall on dims of \[4, 96, 64\]"),
         (lambda w: w[..., ::2], r"K sliced 0:64:2, only whole blocks of 16"),
         (lambda w: w[..., 8:], r"K sliced 8:64:1, only whole blocks of 16"),
         (lambda w: w[..., 3], r"one element of K"),
