@@ -153,4 +153,7 @@ _TORCHAO_CAN: dict[Any, Callable[..., bool]] = {
 
 if NVFP4Tensor is not None:
     _torchao_dispatch = NVFP4Tensor.__torch_dispatch__.__func__
+    # Where this module is imported anew, it takes the place of its older self.
+    _torchao_dispatch = getattr(_torchao_dispatch, "replaces", _torchao_dispatch)
+    __torch_dispatch__.replaces = _torchao_dispatch
     NVFP4Tensor.__torch_dispatch__ = classmethod(__torch_dispatch__)

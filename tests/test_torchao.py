@@ -7,6 +7,7 @@ dynamic activations of each expert's rows, any number of tokens, gradients, what
 """
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -322,3 +323,10 @@ def test_models_are_copied_moved_and_saved_as_before(tmp_path):
     assert torch.equal(other(x), want)
     assert other.to(torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16
     assert other.to("meta")[0].weight.qdata.device.type == "meta"
+
+
+def test_imported_anew_the_hook_takes_its_own_place():
+    weight, x = make((N, K)), torch.randn(T, K)
+    wanted = F.linear(x, weight)
+    importlib.reload(torchao_dispatch)
+    assert torch.equal(F.linear(x, weight), wanted)
