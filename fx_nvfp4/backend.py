@@ -201,7 +201,8 @@ def _publish(report: Report, strict: bool) -> None:
 
 def _refusals(report: Report) -> str:
     sites = "\n".join(f"  {r}" for r in report.refused)
-    return f"{len(report.refused)} uses of packed weights are not emulated as NVFP4:\n{sites}"
+    uses = "use of a packed weight is" if len(report.refused) == 1 else "uses of packed weights are"
+    return f"{len(report.refused)} {uses} not emulated as NVFP4:\n{sites}"
 
 
 def _split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -51,7 +51,8 @@ def _headline(report: Report) -> str:
     lifted = sum(b.lifted for b in report.blocks)
     blocks = f"{lifted} MoE block{'s' * (lifted != 1)} lifted, " if lifted else ""
     gradients = sum(m.op == "input_grad" for m in report.matched)
-    products = f"{len(report.matched)} NVFP4 products" + (f" ({gradients} of them gradients)" if gradients else "")
+    products = f"{len(report.matched)} NVFP4 product{'s' * (len(report.matched) != 1)}"
+    products += f" ({gradients} of them gradients)" if gradients else ""
     return f"nvfp4_emu: {products} in {graphs}, {blocks}{len(report.refused)} refused"
 
 

@@ -88,7 +88,7 @@ def test_the_table_has_a_line_for_each_site():
     match = Match("a.b", "w", "grouped", 8, 64, 32, "s0 x 32", "bfloat16", "W4A16", "packed tensor", ("a hint",))
     text = str(Report([match], [Refusal("a.c", "mm", "block of 32", "use blocks of 16")], notes=["a note"], graphs=1))
     lines = text.splitlines()
-    assert lines[0] == "nvfp4_emu: 1 NVFP4 products in 1 graph, 1 refused"
+    assert lines[0] == "nvfp4_emu: 1 NVFP4 product in 1 graph, 1 refused"
     assert "8 x 64 x 32" in lines[3]
     assert lines[4:] == ["refused: a.c (mm): block of 32. use blocks of 16", "note: a.b: a hint", "note: a note"]
 
