@@ -37,7 +37,8 @@ def match_values(
     tried: list[tuple[float, Formula, Reading]] = []
     for reading in readings:
         few = reading.take(quick)
-        for formula in formulas(reading.divide, probe.out.dtype, few.global_scale.dtype):
+        ways = formulas(reading.divide, probe.out.dtype, few.global_scale.dtype)
+        for formula in ways[:1] if _is_far(probe.out[quick], few) else ways:
             share = float(_matches(probe.out[quick], formula, few).float().mean())
             if share == 1 and bool(_matches(probe.out, formula, reading)[finite].all()):
                 return _matched(formula, reading, probe.out.dtype, global_scale is not None)
@@ -55,6 +56,14 @@ def _matched(formula: Formula, reading: Reading, dtype: torch.dtype, scaled: boo
         return Matched(reading.nibbles, None, 1.0, f"{SHORT[dtype]}(v * s)")
     factor = 1 / reading.factor if reading.divide else reading.factor
     return Matched(reading.nibbles, None, factor, f"{formula.name(dtype)}, g = {reading.factor:.6g}")
+
+
+def _is_far(out: Tensor, reading: Reading) -> bool:
+    """Whether no rounding explains the distance from the exact product: most samples are off by a quarter or more."""
+    g = reading.global_scale.double()
+    exact = reading.code.double() * reading.scale.double() * (1 / g if reading.divide else g)
+    usable = (exact != 0) & out.isfinite()
+    return bool(usable.any()) and float((out[usable].double() / exact[usable] - 1).abs().median()) > 0.25
 
 
 def _matches(out: Tensor, formula: Formula, reading: Reading) -> Tensor:

@@ -5,7 +5,7 @@ Bytes that are no packed codes at all are no business of its, and not refused ei
 
 import pytest
 import torch
-from recognition import BF16, FP32, E, K, N, recognise, refused, scaled, weight
+from recognition import BF16, FP16, FP32, E, K, N, accepted, recognise, refused, scaled, weight
 from spellings import E2M1, by_blocks, by_repeating, dequantise, lookup, packed
 
 
@@ -63,6 +63,123 @@ def test_other_codes(name):
     decode, reason = OTHER_DECODERS[name]
     q, s, g = weight()
     assert reason in refused(lambda q, s, g: dequantise(q, s, g, decode=decode), q, s, g)
+
+
+NEXT_TO_3 = float(torch.nextafter(torch.tensor(3.0), torch.tensor(4.0)))
+WRONG_TABLES = {
+    "int4": [*map(float, range(8)), *map(float, range(-8, 0))],
+    "offset int4": [float(i - 8) for i in range(16)],
+    "NF4": NF4,
+    "E3M0": E3M0 + [-x for x in E3M0],
+    "one entry off by 1%": ONE_PERCENT,
+    "one entry off by one unit in the last place": [*E2M1[:5], NEXT_TO_3, *E2M1[6:]],
+    "one entry without its sign": [*E2M1[:9], 0.5, *E2M1[10:]],
+    "two entries swapped": [*E2M1[:3], E2M1[4], E2M1[3], *E2M1[5:]],
+    "no subnormal": [0.0, 0.0, *E2M1[2:9], 0.0, *E2M1[10:]],
+}
+KINDS = {  # decode(codes [..., K/2], table of 16)
+    "16, buffer": (lookup, True),
+    "16, inline": (lambda q, t: lookup(q, torch.tensor(t.tolist())), False),
+    "256": (lambda q, t: torch.stack((_of_bytes(t)[0][q.int()], _of_bytes(t)[1][q.int()]), -1).flatten(-2), False),
+    "256 x 2": (lambda q, t: torch.stack(_of_bytes(t), -1)[q.int()].flatten(-2), False),
+    "chain": (lambda q, t: _chain(torch.stack((q & 15, q >> 4), -1).flatten(-2), t.tolist()), False),
+}
+
+
+def _of_bytes(table):
+    table = table.tolist()
+    return torch.tensor([table[b & 15] for b in range(256)]), torch.tensor([table[b >> 4] for b in range(256)])
+
+
+def _chain(codes, table):
+    values = torch.zeros(codes.shape)
+    for code, value in enumerate(table):
+        values = torch.where(codes == code, value, values)
+    return values
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", WRONG_TABLES)
+def test_wrong_tables(name, kind, dtype):
+    """In bf16 and fp16 most products round as those of the right table do: samples close to ties tell them apart."""
+    decode, as_input = KINDS[kind]
+    table, (q, s, g) = torch.tensor(WRONG_TABLES[name]), weight()
+    if as_input:
+        fn = lambda q, s, g, t: dequantise(q, s, g, dtype, lambda q: decode(q, t))  # noqa: E731
+        assert refused(fn, q, s, g, table, tables=(3,))
+    else:
+        assert refused(lambda q, s, g: dequantise(q, s, g, dtype, lambda q: decode(q, table)), q, s, g)
+
+
+def scale_by(change):
+    """The block scales of a weight changed before use."""
+    return lambda q, s, g: dequantise(q, change(s.float()), g)
+
+
+def codes_by(change):
+    return lambda q, s, g: dequantise(change(q), s, g)
+
+
+def times(rule):
+    """code, block scale and global scale put together otherwise."""
+    return lambda q, s, g: rule(lookup(q), s.float().repeat_interleave(16, -1), g[:, None, None]).to(BF16)
+
+
+SWAP = lambda q: (q >> 4) | (q << 4)  # noqa: E731
+EXPERT, ROW = torch.arange(E)[:, None, None], torch.arange(N)[:, None]
+ALMOST = {
+    "scales of the next row": scale_by(lambda s: s.roll(1, 1)),
+    "scales of the next expert": scale_by(lambda s: s.roll(1, 0)),
+    "scales of one expert rolled": scale_by(lambda s: torch.cat((s[:3], s[3:4].roll(1, -1), s[4:]))),
+    "scales of one row replaced": scale_by(lambda s: torch.where(ROW == 17, 1.0, s)),
+    "scales in reverse": scale_by(lambda s: s.flip(-1)),
+    "scales without sign": scale_by(torch.abs),
+    "scales negated": scale_by(torch.neg),
+    "scales of at least 2^-6": scale_by(lambda s: s.clamp(min=2.0**-6)),
+    "scales of at most 256": scale_by(lambda s: s.clamp(max=256.0)),
+    "scales of 0 taken for 1": scale_by(lambda s: torch.where(s == 0, 1.0, s)),
+    "scales squared": scale_by(lambda s: s * s),
+    "scales inverted": scale_by(lambda s: 1 / s),
+    "twice the scales": scale_by(lambda s: s * 2),
+    "nibbles of one expert swapped": codes_by(lambda q: torch.where(EXPERT == 5, SWAP(q), q)),
+    "nibbles of odd rows swapped": codes_by(lambda q: torch.where(ROW % 2 == 1, SWAP(q), q)),
+    "nibbles of one byte in eight swapped": codes_by(lambda q: torch.where(torch.arange(K // 2) % 8 == 0, SWAP(q), q)),
+    "codes of odd rows negated": codes_by(lambda q: torch.where(ROW % 2 == 1, q ^ 0x88, q)),
+    "codes of the next byte": codes_by(lambda q: q.roll(1, -1)),
+    "scale added": times(lambda v, s, g: v + s * g),
+    "global scale added": times(lambda v, s, g: v * s + g),
+    "global scale on both": times(lambda v, s, g: v * g * (s * g)),
+    "no block scale": times(lambda v, s, g: v * g + 0 * s),
+    "one expert without global scale": times(lambda v, s, g: v * s * torch.where(EXPERT == 2, 1.0, g)),
+    "one row of one expert": times(lambda v, s, g: v * s * g * torch.where((EXPERT == 5) & (ROW == 40), 1.5, 1.0)),
+    "one column of every block": times(lambda v, s, g: v * s * g * torch.where(torch.arange(K) % 16 == 3, 0.5, 1.0)),
+    "largest code clipped": times(lambda v, s, g: v.clamp(-4, 4) * s * g),
+    "weight clipped": times(lambda v, s, g: (v * s * g).clamp(-100, 100)),
+    "small weights dropped": times(lambda v, s, g: torch.where((v * s * g).abs() < 2.0**-8, 0.0, v * s * g)),
+    "through float8": times(lambda v, s, g: (v * s).clamp(-448, 448).to(torch.float8_e4m3fn).float() * g),
+}
+
+
+@pytest.mark.parametrize("name", ALMOST)
+def test_almost(name):
+    assert refused(ALMOST[name], *weight())
+
+
+SAME = {  # not spelled as usual, and the same all the same
+    "-0 is 0": lambda q, s, g: dequantise(
+        q, s, g, decode=lambda q: lookup(q, torch.tensor([*E2M1[:8], 0.0, *E2M1[9:]]))
+    ),
+    "NaN is 0": lambda q, s, g: dequantise(q, s.float().nan_to_num(), g),
+    "scales clamped to their range": scale_by(lambda s: s.clamp(-448, 448)),
+    "swapped twice": codes_by(lambda q: SWAP(SWAP(q))),
+    "global scale squared beforehand": lambda q, s, g: dequantise(q, s, g * g),
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_the_same(name):
+    accepted(SAME[name], *weight())
 
 
 def test_one_byte_decoded_otherwise():
