@@ -38,7 +38,8 @@ class Candidate:
 
     weights: [T, A] or, where `per_expert`, [T, E], zero for experts that a token did not choose; None for no weights.
     choices: how many experts the ids choose from; those from `experts` on have no weights here.
-    distinct: whether the experts of one token are different ones, by the op that makes the ids.
+    distinct, bounded: whether the experts of one token are different ones, and none but those there are to choose from,
+        by the op that makes the ids.
     wraps: whether ids below zero count experts from the end.
     bias_owners: parameters that are the down bias of one expert -> the expert.
     """
@@ -51,6 +52,7 @@ class Candidate:
     choices: int
     out: Node
     distinct: bool
+    bounded: bool
     wraps: bool
     bias_owners: Mapping[Node, int] = field(default_factory=dict)
 

@@ -67,12 +67,14 @@ def _structure(c: Candidate) -> tuple[list[Node], Hashable]:
         val = node.meta.get("val")
         about = (str(val.dtype), *map(str, val.shape)) if isinstance(val, torch.Tensor) else str(type(val))
         known = all(n in numbers or is_size(n) for n in node.all_input_nodes)
-        if node in leaves or node.op != "call_function" or not known:
+        if node in leaves:
+            return "leaf", about
+        if node.op != "call_function" or not known:
             return node.op, str(node.target) if node.op == "get_attr" else "", about  # constants may differ
         return str(node.target), plain(node.args), tuple((k, plain(v)) for k, v in sorted(node.kwargs.items())), about
 
     units = [(unit.expert, [(p.kind, p.expert, p.first, p.rows) for p in unit.products]) for unit in c.units]
-    flags = c.per_expert, c.choices, c.distinct, c.wraps, c.weights is None
+    flags = c.per_expert, c.choices, c.distinct, c.bounded, c.wraps, c.weights is None
     made = [plain([p.node, p.x, p.routing, *p.parts, p.act_scale]) for unit in c.units for p in unit.products]
     owners = tuple((numbers.get(n), e) for n, e in c.bias_owners.items())
     key = tuple(map(entry, numbers)), str(units), flags, tuple(made), plain(c.out), owners

@@ -6,6 +6,7 @@ After:   the block's activation, layout and biases, or why it is none
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import torch
@@ -19,8 +20,9 @@ from .block import Block, Candidate
 from .combine import Combine
 from .found import Refused
 from .nodes import Sizes, assuming, between, elements, is_size, is_tensor, shape_of
-from .routing import Routing
+from .routing import CannotTry, Routing
 from .rows import Rows, Setting, follow
+from .sample import OutOfRange
 from .worlds import KINDS, World, make_world, sizes_to_try
 
 
@@ -30,8 +32,13 @@ def prove(candidate: Candidate) -> Block:
     block: Block | None = None
     with unset_fake_temporarily(), torch.no_grad():
         for sizes, kind in _worlds(candidate):
-            with assuming(sizes):
-                found = _try(candidate, nodes, kind, sizes)
+            try:
+                with assuming(sizes):
+                    found = _try(candidate, nodes, kind, sizes)
+            except (CannotTry, OutOfRange):
+                if kind not in ("past", "negative"):
+                    raise
+                continue  # ids that eager does not take either
             block = found if block is None else _both(block, found)
     assert block is not None
     if None in block.gatings:
@@ -41,16 +48,20 @@ def prove(candidate: Candidate) -> Block:
     return block
 
 
-def _worlds(candidate: Candidate) -> Iterator[tuple[Sizes, str]]:
+def _worlds(c: Candidate) -> Iterator[tuple[Sizes, str]]:
     """Sizes and kinds of routing to try: each size with random experts and all tokens on the same."""
-    sizes = list(sizes_to_try(candidate.x, candidate.ids))
-    if not candidate.distinct:
-        yield sizes[0], "repeated"
-    yield sizes[0], "random"
-    yield sizes[0], "first"
-    if len(sizes) > 1:
-        yield sizes[1], "random"
-    yield sizes[-1], "last"
+    *_, last = first, *_ = list(sizes_to_try(c.x, c.ids))
+    kinds = ["random", "first"]
+    if not c.distinct:
+        kinds += ["repeated"]
+    if not c.bounded:
+        # Sorted rows of ids below zero would be those of other experts: no model has any.
+        kinds += ["past"] if any(p.kind == "grouped" for u in c.units for p in u.products) else ["past", "negative"]
+    for kind in kinds:
+        yield dict(first), kind
+    if last is not first:
+        yield dict(last), "random"
+    yield dict(last), "last"
 
 
 def _try(c: Candidate, nodes: frozenset[Node], kind: str, sizes: Sizes) -> Block:
@@ -61,7 +72,10 @@ def _try(c: Candidate, nodes: frozenset[Node], kind: str, sizes: Sizes) -> Block
     world = make_world(c.tokens, c.slots, c.choices, dtype, kind)
     if c.weights is None:
         world = World(world.ids, torch.ones_like(world.arbitrary), torch.ones_like(world.exact))
-    given = {c.ids: world.ids.reshape(shape_of(c.ids)).to(c.ids.meta["val"].dtype)}
+    given_ids = world.ids
+    if c.wraps:
+        world = dataclasses.replace(world, ids=torch.where(world.ids < 0, world.ids + c.experts, world.ids))
+    given = {c.ids: given_ids.reshape(shape_of(c.ids)).to(c.ids.meta["val"].dtype)}
     if c.weights is not None:
         weights = world.spread(world.arbitrary, c.experts) if c.per_expert else world.arbitrary
         given[c.weights] = weights.reshape(shape_of(c.weights))

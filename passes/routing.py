@@ -31,6 +31,10 @@ _EMPTY = {
 _VIEWS = {aten.expand.default, aten.view.default, aten.permute.default, aten.unsqueeze.default, aten.slice.Tensor}
 
 
+class CannotTry(Refused):
+    """A routing node does not take the values that were tried."""
+
+
 class Routing:
     """Values of routing nodes, computed where asked for.
 
@@ -117,7 +121,7 @@ class Routing:
         try:
             result = node.target(*args, **kwargs)  # type: ignore[operator]
         except (RuntimeError, IndexError, TypeError, NotImplementedError) as error:
-            raise Refused(f"{node.name} cannot be tried out: {str(error).splitlines()[0]}", "") from error
+            raise CannotTry(f"{node.name} cannot be tried out: {str(error).splitlines()[0]}", "") from error
         self._bind(node.meta.get("val"), result)
         return result
 

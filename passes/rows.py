@@ -81,6 +81,8 @@ def follow(s: Setting, unit: Unit, rows: Tensor) -> Rows:
     ups = {up.node: up for up in unit.ups}
 
     def values(node: Node, at: Coords) -> Tensor | None:
+        if node is s.candidate.x:
+            raise Refused(f"the activation reads {node.name}", "let it be a function of the up products alone")
         if node in ups:
             return reals(flat_index(node, at.index)).to(node.meta["val"].dtype)
         is_input = node.op in ("placeholder", "get_attr") and node not in s.nodes

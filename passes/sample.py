@@ -6,12 +6,13 @@ from . import sample_moves, sample_values  # noqa: F401 - importing them registe
 from .boundaries import with_boundaries
 from .coords import Coords
 from .nodes import arguments, hint, is_tensor, same_size, shape_of
-from .sampler import ATEN, MOVES, Rules, Sampler, SymbolicPosition, Unsupported, inputs_of, is_supported
+from .sampler import ATEN, MOVES, OutOfRange, Rules, Sampler, SymbolicPosition, Unsupported, inputs_of, is_supported
 
 __all__ = [
     "ATEN",
     "MOVES",
     "Coords",
+    "OutOfRange",
     "Rules",
     "Sampler",
     "SymbolicPosition",

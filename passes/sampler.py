@@ -40,6 +40,10 @@ class SymbolicPosition(Unsupported):
         super().__init__(node, "it reads at a symbolic place")
 
 
+class OutOfRange(Unsupported):
+    """An index points outside of what it indexes."""
+
+
 def number(node: Node, value: Any) -> Any:
     """A number among the arguments of `node` that decides what is read or computed; raises `SymbolicPosition`."""
     known = fixed(value)
@@ -231,7 +235,7 @@ class Sampler:
         values = values.to(torch.int64)
         values = torch.where(values < 0, values + size, values)
         if bool(((values < 0) | (values >= size)).any()):
-            raise Unsupported(index, f"it indexes outside a dimension of {size}")
+            raise OutOfRange(index, f"it indexes outside a dimension of {size}")
         return values
 
     def edge(self, node: Node, column: Tensor, at: Coords, bounds: Iterable[int], dim: int = 0) -> None:

@@ -40,6 +40,7 @@ _SAME_ORDER = {
     *(aten.view.default, aten.reshape.default, aten.clone.default, aten.alias.default, aten.detach.default),
     *(aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default),
 }
+_PARTS = {aten.slice.Tensor, aten.select.int, aten.slice_scatter.default, aten.select_scatter.default}
 _CASTS = {torch.ops.prims.convert_element_type.default, aten._to_copy.default}
 
 
@@ -116,8 +117,7 @@ def _routing_source(unit: Unit) -> Node | None:
         while node.op == "call_function" and MOVES.of(node) is not None and is_tensor(node):
             beside += node.all_input_nodes[1:]
             node = node.all_input_nodes[0]
-    sources = [n for n in integer_sources(n for n in beside if n not in (unit.down.node,)) if n.op != "placeholder"]
-    return sources[0] if sources else None
+    return next(iter(integer_sources(beside)), None)
 
 
 def integer_sources(nodes: Iterable[Node]) -> list[Node]:
@@ -200,9 +200,12 @@ def _with_tokens(units: tuple[Unit, ...], x: Node, ends: list[Node]) -> Iterator
         for ids in _ids(cone, outside, inside, tokens):
             choices = _choices(ids)
             distinct = choices is not None or elements(ids) == tokens
-            wraps = choices is None and any(p.kind == "indexed" for u in units for p in u.products)
+            bounded = choices is not None
             for weights, per_expert in _weights(cone, outside, inside, ids, tokens * experts):
-                yield Candidate(units, x, ids, weights, per_expert, choices or experts, out, distinct, wraps)
+                for wraps in (False,) if bounded else (False, True):
+                    yield Candidate(
+                        units, x, ids, weights, per_expert, choices or experts, out, distinct, bounded, wraps
+                    )
 
 
 def why_none(units: tuple[Unit, ...]) -> Refused:
@@ -314,18 +317,20 @@ def _moved(node: Node) -> Node | None:
     """What a node holds rows of, as they are."""
     if node.target is aten.cat.default:
         return max(arguments(node).tensors, key=elements)
-    if node.target is aten.index_put.default or node.target is aten.slice_scatter.default:
-        return None
-    if MOVES.of(node) is not None and node.target not in (aten.slice.Tensor, aten.select.int):
+    if MOVES.of(node) is not None and node.target not in _PARTS:
         source = node.all_input_nodes[0]
         return source if _is_float(source) else None
     return None
 
 
 def _computed(node: Node, through_products: bool) -> Node | None:
-    """What a node holds rows of, cast, masked or multiplied by a number for each."""
+    """What a node holds rows of, cast, masked, put in places or multiplied by a number for each."""
     if node.target in _CASTS:
         return node.all_input_nodes[0]
+    if node.target is aten.index_put.default:
+        return arguments(node).values
+    if node.target in (aten.index_copy.default, aten.scatter.src, aten.slice_scatter.default):
+        return getattr(arguments(node), "source", None) or arguments(node).src
     if through_products and node.target in (aten.bmm.default, aten.mm.default):
         return node.args[1]  # type: ignore[return-value]
     sides = [n for n in node.args if isinstance(n, Node) and _is_float(n)]

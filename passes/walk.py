@@ -21,7 +21,7 @@ from torch.fx import Node
 from .coords import Coords
 from .nodes import elements, shape_of
 from .routing import POISON, Routing
-from .sample import MOVES, Rules, Sampler, Unsupported, is_tensor
+from .sample import MOVES, OutOfRange, Rules, Sampler, Unsupported, is_tensor
 from .sample_values import MAX_ELEMENTS, fill, is_small, pointwise, reduce, zeros
 
 aten = torch.ops.aten
@@ -97,7 +97,7 @@ def _scattered(walk: Walk, at: Coords, rows: Tensor, dim: int, source: Node) -> 
     """(sample [M], value [M]) of all elements that a scatter of `source` along `dim` by `rows` [R] puts at `at`."""
     order = rows.argsort(stable=True)
     place = rows[order]
-    wanted = at.index[:, dim]
+    wanted = at.index[:, dim].contiguous()
     first = torch.searchsorted(place, wanted)
     count = torch.searchsorted(place, wanted, right=True) - first
     total = int(count.sum())
@@ -177,7 +177,7 @@ def _counted(rows: Tensor, node: Node, dim: int) -> Tensor:
     size = shape_of(node)[dim]
     rows = torch.where((rows < 0) & (rows >= -size), rows + size, rows).to(torch.int64)
     if bool(((rows < 0) | (rows >= size)).any()) or bool((rows == POISON).any()):
-        raise Unsupported(node, f"it indexes outside a dimension of {size}")
+        raise OutOfRange(node, f"it indexes outside a dimension of {size}")
     return rows
 
 

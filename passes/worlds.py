@@ -15,9 +15,9 @@ from torch.fx import Node
 
 from .nodes import Sizes, seen_sizes
 
-# All tokens on the same experts, the first ones or the last, so that others have none and these have many; or some
-# tokens' slots on the same expert, or on none.
-KINDS = ("random", "first", "last", "repeated")
+# Experts at random; all tokens on the same ones, the first or the last, so that others have none and these have many;
+# slots of one token on the same expert; slots of no expert, by ids past the last one or below zero.
+KINDS = ("random", "first", "last", "repeated", "past", "negative")
 
 _LARGE = 64  # a hint from here on is halved for another size, below it is tripled
 
@@ -36,7 +36,7 @@ class World:
 
     def spread(self, weights: Tensor, experts: int) -> Tensor:
         """Weights [T, A] as [T, E], zero for experts that a token did not choose."""
-        inside = self.ids < experts
+        inside = (self.ids >= 0) & (self.ids < experts)
         share = torch.zeros(len(weights), experts, dtype=weights.dtype)
         return share.scatter_add(1, torch.where(inside, self.ids, 0), torch.where(inside, weights, 0))
 
@@ -54,8 +54,9 @@ def make_world(tokens: int, slots: int, choices: int, dtype: torch.dtype, kind: 
         ids = torch.rand(tokens, choices, generator=generator).topk(slots, dim=1).indices
         # Few tokens may come out in the order of their experts, in which sorting them would not show.
         ids[:1], ids[-1:] = choices - 1 - crowd[:1], crowd[-1:]
-    elif kind == "repeated":
-        ids = torch.randint(0, choices + 1, (tokens, slots), generator=generator)
+    elif kind in ("repeated", "past", "negative"):
+        low, high = -choices if kind == "negative" else 0, choices + (kind == "past")
+        ids = torch.randint(low, high, (tokens, slots), generator=generator)
     else:
         ids = crowd if kind == "first" else choices - 1 - crowd
     sign = torch.randint(0, 2, (tokens, slots), generator=generator) * 2 - 1

@@ -58,14 +58,18 @@ def compiled(model, record=None, **kwargs):
     ("style", "dtype"),
     [(s, d) for s in STYLES for d in (torch.bfloat16, torch.float32) if (s, d) != ("grouped", torch.float32)],
 )
-def test_style_becomes_ops_and_nothing_dense_is_left(device, style, dtype):
+@pytest.mark.parametrize("lift", [True, False])
+def test_style_becomes_ops_and_nothing_dense_is_left(device, style, dtype, lift):
     model = SpelledMoE(style, dtype).to(device)
     x = spelled_models.tokens(9, dtype, device)
     record = Record()
     with torch.no_grad(), collect_reports() as report:
-        got = compiled(model, record)(x)
+        got = compiled(model, record, options={"lift": lift})(x)
         want = model.reference(x)
-    assert [m.op for m in report.matched] == [STYLES[style]] * 2
+    ops = ["moe"] if lift and style != "linear" else [STYLES[style]] * 2
+    assert [str(t).split(".")[1] for t in record.targets if str(t).startswith("fx_nvfp4")] == ops
+    assert {m.op for m in report.matched} == set(ops)
+    assert [b.lifted for b in report.blocks] == [True] * (ops == ["moe"])
     assert not report.refused
     assert report.graphs == 1
     # The largest float tensor left is smaller than one dequantised expert tensor.
@@ -74,10 +78,11 @@ def test_style_becomes_ops_and_nothing_dense_is_left(device, style, dtype):
     assert (got.float() - want).abs().max() <= bound * want.abs().max()
 
 
+@pytest.mark.parametrize("lift", [True, False])
 @pytest.mark.parametrize("style", STYLES)
-def test_dynamic_token_counts_are_right_without_recompiling(device, style):
+def test_dynamic_token_counts_are_right_without_recompiling(device, style, lift):
     model = SpelledMoE(style, torch.bfloat16).to(device)
-    run = compiled(model, dynamic=True)
+    run = compiled(model, dynamic=True, options={"lift": lift})
     with torch.no_grad():
         run(spelled_models.tokens(7, torch.bfloat16, device))
         for tokens in (12, 2, 33):

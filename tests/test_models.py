@@ -33,10 +33,10 @@ def packed_parameters(model):
     return {n for n, p in model.named_parameters() if isinstance(p.data, NVFP4Weight)}
 
 
-def compiled_logits(model, input_ids):
+def compiled_logits(model, input_ids, **options):
     """No torch.no_grad: the loaded model asks for no gradient, so the user need not either."""
     with collect_reports() as report:
-        logits = torch.compile(model, backend="nvfp4_emu", fullgraph=True)(input_ids).logits
+        logits = torch.compile(model, backend="nvfp4_emu", fullgraph=True, options=options)(input_ids).logits
     return logits, report
 
 
@@ -68,15 +68,18 @@ def test_bf16_agrees_by_mean(device, name):
     assert (logits.float() - other.float()).abs().mean() < 0.4
 
 
+@pytest.mark.parametrize("lift", [True, False])
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
-def test_both_expert_implementations_become_ops(device, implementation):
+def test_both_expert_implementations_become_ops(device, implementation, lift):
     input_ids, expected = reference(SMALL.name, device)
     model = fx_nvfp4.load(SMALL, device, torch.float32, dialect="producer", progress=False)
     model.set_experts_implementation(implementation)
-    logits, report = compiled_logits(model, input_ids)
+    logits, report = compiled_logits(model, input_ids, lift=lift)
     assert (logits - expected).abs().max() < 1e-4
     experts = {m.op for m in report.matched if m.experts}
-    assert experts == {"grouped" if implementation == "grouped_mm" else "indexed"}
+    assert experts == {"moe" if lift else "grouped" if implementation == "grouped_mm" else "indexed"}
+    assert all(block.lifted for block in report.blocks)
+    assert bool(report.blocks) == lift
     assert {m.activations for m in report.matched if m.experts} == {"W4A4 static per-expert, modelopt rule"}
 
 
