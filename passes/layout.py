@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -29,7 +29,7 @@ def find_qdata(probe: Probe) -> tuple[Read, int, int]:
     for read in probe.packed:
         ratio = _codes_per_element(read.dtype)
         for d, k in itertools.product(range(read.index.shape[1]), range(len(probe.shape))):
-            if probe.shape[k] < 2 * BLOCK:
+            if probe.shape[k] < BLOCK:
                 continue
             hit = read.seen & (read.column(d) == probe.coords[:, k] // ratio)
             share = float(hit.float().mean())
@@ -100,19 +100,27 @@ def find_scale(
         if swizzled := _swizzled_axes(probe, read, qdata, packed_dim, k):
             _check_scale(probe, read, BLOCK)
             return read, swizzled[0], swizzled[1], "swizzled"
-    for block, read in itertools.product((BLOCK, 32, 8, 64, 128, 4, 256), others):
-        for d, size in enumerate(shape_of(read.node)):
-            hit = read.seen & (read.column(d) == k // block)
-            if float(hit.float().mean()) < 0.5 or (not bool((k // block).any()) and size > 1):
-                continue
-            _check_scale(probe, read, block)
-            if not bool(hit.all()):
-                place = probe.where(~hit, k_dim)
-                raise Refused(f"{place} differs: {read.node.name} is not read at K // {block}", "treat it apart")
-            if not same_size(read.node.meta["val"].shape[d] * block, probe.size(k_dim)):
-                raise Refused(f"only part of {read.node.name}'s K is used", "slice the packed tensors too")
-            return read, explained(probe, read, d), d, "linear"
+    for block in (BLOCK, 32, 8, 64, 128, 4, 256):
+        hits = [(read, d, hit) for read in others for d, hit in _block_dims(read, k // block)]
+        if not hits:
+            continue
+        read, d, hit = max(hits, key=lambda found: float(found[2].float().mean()))
+        _check_scale(probe, read, block)
+        if not bool(hit.all()):
+            place = probe.where(~hit, k_dim)
+            raise Refused(f"{place} differs: {read.node.name} is not read at K // {block}", "treat it apart")
+        if not same_size(read.node.meta["val"].shape[d] * block, probe.size(k_dim)):
+            raise Refused(f"only part of {read.node.name}'s K is used", "slice the packed tensors too")
+        return read, explained(probe, read, d), d, "linear"
     raise _no_scale(others, k)
+
+
+def _block_dims(read: Read, block: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Dimensions of a leaf that most samples read at their block of K, and which of them do."""
+    for d, size in enumerate(shape_of(read.node)):
+        hit = read.seen & (read.column(d) == block)
+        if float(hit.float().mean()) >= 0.5 and (bool(block.any()) or size == 1):
+            yield d, hit
 
 
 def _check_scale(probe: Probe, read: Read, block: int) -> None:

@@ -35,6 +35,16 @@ def test_shapes_of_global_scale(shape):
     assert found.global_axes == tuple(of_size[size] for size in shape)
 
 
+@pytest.mark.parametrize("lead", [(), (1,), (2,)])
+@pytest.mark.parametrize("k", [16, 32])
+def test_one_and_two_blocks(lead, k):
+    """K // 16 is nearly nothing then, or what experts are numbered by too."""
+    q, s = packed(*lead, N, k)
+    found, inputs = accepted(lambda q, s, g: dequantise(q, s, g), q, s, torch.rand(lead) + 0.1)
+    assert (found.qdata, found.block_scale, found.global_scale) == inputs
+    assert found.k_dim == len(lead) + 1
+
+
 def test_no_global_scale():
     q, s = packed(N, K)
     found, _ = accepted(lambda q, s: by_blocks(lookup(q), s.float()).to(BF16), q, s)

@@ -3,6 +3,8 @@
 Guarded here: symbols among indices and sizes, negative ids, one token, one expert, one row.
 """
 
+from collections import Counter
+
 import pytest
 import spelled_models
 import torch
@@ -10,6 +12,8 @@ from packed_modules import E, K, N, Packed, matched, ran, refused, x
 from spelled_models import SpelledMoE
 from torch import nn
 from torch.nn import functional as F
+
+aten = torch.ops.aten
 
 
 @pytest.mark.parametrize("body", [lambda m, x, e: F.linear(x, m.w(e)), lambda m, x, e: F.linear(x, m.w()[e])])
@@ -54,12 +58,58 @@ def test_negative_ids_count_from_the_end(dtype):
     assert matched(model, (x(), torch.stack((ids, ids.flip(0)), 1))) == ["indexed"]
 
 
+class Targets:
+    """A pass that counts the ops of the graph that is run."""
+
+    def __call__(self, graph):
+        self.of = Counter(n.target for n in graph.nodes if n.op == "call_function")
+
+
+def ops_left(model, *inputs):
+    torch._dynamo.reset()
+    targets = Targets()
+    options = {"codegen": False, "joint_custom_post_pass": targets}
+    torch.testing.assert_close(
+        torch.compile(model, backend="nvfp4_emu", options=options)(*inputs), model(*inputs), rtol=1e-5, atol=1e-4
+    )
+    return targets.of
+
+
+@pytest.mark.parametrize(
+    ("route", "checked"),
+    [
+        (lambda x: x[:, :E].topk(1).indices.flatten(), False),
+        (lambda x: x[:, :E].argmax(1), False),
+        (lambda x: x[:, :E].sort(descending=True).indices[:, 0].int(), False),
+        (lambda x: x[:, :E].argmax(1) - 1, True),
+        (lambda x: x[:, :E].topk(1).values.flatten().long().clamp(-3, 3), True),
+        (lambda x: x[:, :E].argmax(1).clamp(max=2), True),
+    ],
+)
+def test_ids_that_are_places_are_not_checked_for_their_sign(route, checked):
+    body = lambda m, x: torch.bmm(m.w(route(x)), x.unsqueeze(-1))  # noqa: E731
+    assert bool(ops_left(Packed(E, N, K, body=body), x())[aten.where.self]) == checked
+
+
+def test_products_of_one_weight_share_its_parts():
+    model = Packed(E, N, K, body=lambda m, x: torch.bmm(x, m.w()[:, ::2].mT) * torch.bmm(x, m.w()[:, 1::2].mT))
+    ops = ops_left(model, x(E, 5, K))
+    assert ops[torch.ops.fx_nvfp4.batched.default] == 2
+    assert ops[aten.expand.default] == 1  # of the global scales
+
+
+def test_products_in_a_row():
+    """What the second multiplies is the first, which is replaced before it."""
+    model = Packed(E, N, K, body=lambda m, x: F.linear(F.linear(x, m.w()[0, :K]), m.w()[1, :K]))
+    assert matched(model, (x(),)) == ["linear"] * 2
+
+
 @pytest.mark.parametrize("style", ["batched", "einsum"])
 def test_one_token(style):
     model = SpelledMoE(style, torch.bfloat16)
     with torch.no_grad():
         got = matched(model, (spelled_models.tokens(1, torch.bfloat16),), tolerance=2**-6)
-    assert got == ["moe"] * 2
+    assert got == ["indexed"] * 2
 
 
 def test_one_expert_and_one_row():
