@@ -9,6 +9,7 @@ import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ log = logging.getLogger("fx_nvfp4")
 
 OPTIONS: dict[str, bool] = {"strict": False, "lift": True, "codegen": True}
 _PACKED_DTYPES = (*BYTES, *WORDS)
-_collectors: list[Report] = []
+_collectors: ContextVar[tuple[Report, ...]] = ContextVar("fx_nvfp4_collectors", default=())
 
 
 def nvfp4_emu(
@@ -175,18 +176,17 @@ class EmulationPass(CustomGraphPass):
 
 @contextlib.contextmanager
 def collect_reports() -> Iterator[Report]:
-    """A report that receives the sites of every graph compiled inside the block."""
+    """A report that receives the sites of every graph that this thread compiles inside the block."""
     report = Report()
-    _collectors.append(report)
+    token = _collectors.set((*_collectors.get(), report))
     try:
         yield report
     finally:
-        # By identity: two empty reports are equal.
-        _collectors[:] = [c for c in _collectors if c is not report]
+        _collectors.reset(token)
 
 
 def _publish(report: Report, strict: bool) -> None:
-    for collector in _collectors:
+    for collector in _collectors.get():
         collector.extend(report)
     if log.isEnabledFor(logging.DEBUG):
         log.debug("%s", report.table(full=True))
@@ -195,7 +195,7 @@ def _publish(report: Report, strict: bool) -> None:
     if report.refused:
         if strict:
             raise NotEmulatedError(_refusals(report))
-        if not _collectors:
+        if not _collectors.get():
             warnings.warn(_refusals(report), NVFP4Warning, stacklevel=2)
 
 

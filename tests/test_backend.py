@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from spelled_models import STYLES, SpelledMoE
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 import fx_nvfp4
-from fx_nvfp4 import NotEmulatedError, NVFP4Warning, backend
+from fx_nvfp4 import NotEmulatedError, NVFP4Warning, NVFP4Weight, backend
 from fx_nvfp4.backend import collect_reports, nvfp4_emu
 
 PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm, torch.ops.aten._grouped_mm}
@@ -228,6 +229,23 @@ def test_collectors_nest():
         with torch.no_grad():
             compiled(SpelledMoE("linear", torch.bfloat16))(spelled_models.tokens(3, torch.bfloat16))
     assert len(outer.matched) == 2
+
+
+def test_what_another_thread_compiles_is_not_collected_and_warns():
+    packed = NVFP4Weight.from_dense(torch.randn(32, 64))
+
+    def compile_it():
+        with pytest.warns(NVFP4Warning, match="1 use of a packed weight is not emulated"):
+            compiled(lambda x: x @ packed.dequantize().T)(torch.randn(3, 64))
+        done.append(True)
+
+    done = []
+    with collect_reports() as report:
+        thread = threading.Thread(target=compile_it)
+        thread.start()
+        thread.join()
+    assert done
+    assert report.graphs == 0
 
 
 def test_norms_and_scales_are_no_tables():

@@ -206,6 +206,14 @@ def test_a_compiled_model_is_explained_like_any_other_and_stays_compiled(how):
     assert how is not compiled_in_place or plain._compiled_call_impl is not None
 
 
+def test_a_method_that_is_disabled_stays_disabled():
+    model = Model(Experts, Experts)
+    model.layers[0].experts.forward = torch.compiler.disable(model.layers[0].experts.forward)
+    report = explained(model)
+    assert report.weights == weights(1)
+    assert {r.where for r in report.refused} == weights(0)
+
+
 def test_functions_and_methods_are_explained():
     model = Model(Experts, Experts)
     assert explained(model.forward).weights == weights(0, 1)

@@ -259,7 +259,8 @@ def uncompiled(model: torch.nn.Module) -> Iterator[None]:
     for module in calls:
         module._compiled_call_impl = None
     for module, forward in forwards.items():
-        module.forward = getattr(forward, "_torchdynamo_orig_callable", forward)
+        if not getattr(forward, "_torchdynamo_disable", False):  # what torch.compiler.disable made stays disabled
+            module.forward = getattr(forward, "_torchdynamo_orig_callable", forward)
     try:
         yield
     finally:
