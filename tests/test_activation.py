@@ -70,6 +70,7 @@ def grid():
         ("", "cannot be parsed"),
         ("silu(u", "cannot be parsed"),
         ("u; u", "cannot be parsed"),
+        (f"u * 1{'0' * 400}", "cannot be parsed"),
         ("(" * 500 + "u" + ")" * 500, "cannot be parsed"),
     ],
 )

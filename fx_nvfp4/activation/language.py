@@ -93,7 +93,7 @@ def _checked(text: str, names: tuple[str, ...]) -> ast.expr:
     try:
         tree = ast.parse(text.strip(), mode="eval").body
         return _Check(text, names).visit(tree)
-    except (SyntaxError, RecursionError, MemoryError) as error:
+    except (SyntaxError, RecursionError, MemoryError, OverflowError) as error:
         raise ValueError(f"activation {text!r}: cannot be parsed ({error}); {_ALLOWED}") from None
 
 
