@@ -218,4 +218,6 @@ def unsupported(r: Recipe) -> str:
         return "torchtitan computes in bf16"
     if r.stored == "columns" and any(p.codes == "int32" for p in packings(r.packing)):
         return "int32 words are packed along the last dim"
+    if r.stored == "columns" and any(p.scales == "swizzled" for p in packings(r.packing)):
+        return "128 x 4 tiles hold rows"
     return ""
