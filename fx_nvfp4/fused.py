@@ -29,7 +29,8 @@ class FusedExperts(nn.Module):
 
     Args:
         weights: packed 3-D weights by those names.
-        biases: stacked biases by the names of their weights; they learn if they require a gradient.
+        biases: stacked biases by the names of their weights. The op has no gradient for them: in training mode they
+            must be frozen, else the forward raises.
         activation: expression over g (gate) and u (up), see :mod:`fx_nvfp4.activation`.
         layout: "separate", "concatenated", "interleaved" or "plain", how the up weights hold gate and up rows.
         weighted: "output": the routing weight multiplies the result; "input": it multiplies x.
@@ -77,6 +78,12 @@ class FusedExperts(nn.Module):
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """x [T, K], ids [T, A] (a slot whose id is outside 0..E-1 adds nothing), weights [T, A] -> [T, H]."""
         up = self._up()
+        learning = [n for n, p in self.named_parameters() if p.requires_grad]
+        if learning and self.training and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"FusedExperts: {learning[0]} requires a gradient, which the fused op does not compute. Freeze it with "
+                "requires_grad_(False), or train the experts before prepare()"
+            )
         bias = [getattr(self, name + BIAS) for name in UP_NAMES[self.layout]]
         down = self.down_proj
         static = up[0].act_scale is not None
@@ -98,6 +105,6 @@ class FusedExperts(nn.Module):
             down.act_scale,
             up[0].activations,
             down.activations,
-            up[0].dialect,
+            next((w.dialect for w in (*up, down) if w.activations != "none"), down.dialect),
             self.weighted,
         )

@@ -16,7 +16,7 @@ from fx_nvfp4.report import Cost, Match, Refusal, Report
 from .emitter import CannotRewriteError
 from .experts import Memo, Site, find_sites
 from .lift import lift as lift_blocks
-from .nodes import hint
+from .nodes import arguments, hint, shape_of
 from .place import origin, where
 from .rewrite import rewrite
 from .transformers_grad import spell_out_fallback
@@ -24,6 +24,7 @@ from .verify import find_dequantized, find_spelled
 
 OP_NAMES = ("linear", "batched", "indexed", "grouped", "input_grad")
 _AS_IT_IS: tuple[str, tuple[str, ...]] = ("packed tensor", ())
+_MOE = torch.ops.fx_nvfp4.moe.default
 _OPS = {getattr(torch.ops.fx_nvfp4, name).default: name for name in OP_NAMES}
 
 
@@ -64,6 +65,7 @@ def emulate(
             tables.update(t for t in site.weight.tables if t.op == "placeholder")
         graph.eliminate_dead_code()
         graph.lint()
+    called = [n for n in graph.nodes if n.target is _MOE]  # by the model itself, as fx_nvfp4.prepare makes it do
     matches = {n: _match(n, names, *sources.get(n, _AS_IT_IS)) for n in graph.nodes if n.target in _OPS}
     blocks = []
     if lift:
@@ -71,7 +73,7 @@ def emulate(
             lifted = lift_blocks(graph, names)
         blocks = lifted.entries
         matches.update({n: replace(matches[n], op="moe") for n in lifted.products})
-    matched = list(matches.values())
+    matched = [*matches.values(), *(row for n in called for row in _moe_matches(n, names))]
     with cost.stage("verify"):
         refused += [*find_dequantized(graph), *find_spelled(graph, memo.recognise, known)]
         refused, notes = _apart_from_backward(graph, refused)
@@ -90,6 +92,33 @@ def _apart_from_backward(graph: fx.Graph, refused: list[Refusal]) -> tuple[list[
 def _not_served(site: Site, error: CannotRewriteError) -> Refusal:
     node = site.product.node
     return Refusal(where(node), node.name, f"an NVFP4 weight that no op serves: {error.reason}", error.advice)
+
+
+def _moe_matches(node: Node, names: Mapping[Node, str]) -> list[Match]:
+    """One for each weight of a moe op that the model calls itself."""
+    a = arguments(node)
+    rows = -(-math.prod(map(hint, shape_of(a.ids))) // hint(shape_of(a.down_qdata)[0]))
+    x, down = a.x.meta["val"], a.down_qdata
+    hidden = f"{math.prod(map(hint, shape_of(a.ids)))} x {hint(shape_of(down)[2]) * 2}"
+    given = [(q, " x ".join(map(str, x.shape)), a.up_activations, (a.up_act_scale or [None])[0]) for q in a.up_qdata]
+    given.append((down, hidden, a.down_activations, a.down_act_scale))
+    return [
+        Match(
+            where=where(node),
+            weight=origin(codes, names),
+            op="moe",
+            experts=hint(shape_of(codes)[0]),
+            n=hint(shape_of(codes)[1]),
+            k=hint(shape_of(codes)[2]) * 2,
+            x=left,
+            dtype=str(x.dtype).removeprefix("torch."),
+            activations=_format(mode, scale, a.dialect),
+            source=_AS_IT_IS[0],
+            rows=rows,
+            device=x.device.type,
+        )
+        for codes, left, mode, scale in given
+    ]
 
 
 def _match(node: Node, names: Mapping[Node, str], source: str, notes: tuple[str, ...]) -> Match:
@@ -121,8 +150,11 @@ def _rows(x: Tensor, qdata: Tensor) -> int:
 def _activations(node: Node) -> str:
     given: dict[str, Any] = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False))  # type: ignore[union-attr]
     given.update(node.kwargs)
-    mode, scale = given.get("activations", "none"), given.get("act_scale")
+    return _format(given.get("activations", "none"), given.get("act_scale"), given.get("dialect", "hardware"))
+
+
+def _format(mode: str, scale: Any, dialect: str) -> str:
     if mode == "none":
         return "W4A16"
     per_expert = " per-expert" if isinstance(scale, Node) and scale.meta["val"].dim() else ""
-    return f"W4A4 {mode}{per_expert}, {given.get('dialect', 'hardware')} rule"
+    return f"W4A4 {mode}{per_expert}, {dialect} rule"

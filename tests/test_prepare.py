@@ -6,6 +6,7 @@ copies and pickles, memory; and every reason for which a list is left alone.
 
 import copy
 import ctypes
+import functools
 import sys
 import warnings
 
@@ -58,13 +59,25 @@ def left_alone(model):
     return str(alone)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", PARENTS)
-def test_every_loop_becomes_one_call(name, dtype):
+# In bfloat16: sums in place, of all experts, of concatenated results, and of weighed inputs.
+ROUNDED = ("ExpertHit", "StaticMasks", "SortedByNumpy", "WeighedInput")
+
+
+@functools.cache
+def fused_parent(name, dtype):
+    """(prepared module, inputs, what it gave for them before)"""
     module = PARENTS[name](dtype).eval()
     inputs = [hidden_states(2, 9, dtype=dtype), hidden_states(1, 1, dtype=dtype), hidden_states(3, 4, dtype=dtype)]
     expected = [run(module, x) for x in inputs]
     assert prepared(module) is module
+    return module, inputs, expected
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((n, torch.float32) for n in PARENTS), *((n, torch.bfloat16) for n in ROUNDED)], ids=str
+)
+def test_every_loop_becomes_one_call(name, dtype):
+    module, inputs, expected = fused_parent(name, dtype)
     assert isinstance(module.experts, FusedExperts)
     assert isinstance(module, PARENTS[name])
     for x, before in zip(inputs, expected, strict=True):
@@ -76,8 +89,7 @@ def test_every_loop_becomes_one_call(name, dtype):
 
 @pytest.mark.parametrize("name", PARENTS)
 def test_it_compiles_to_one_graph_of_one_moe_op(name):
-    module = prepared(PARENTS[name]().eval())
-    x = hidden_states(2, 9)
+    module, (x, *_), _ = fused_parent(name, torch.float32)
     ops = []
 
     def keep(gm, inputs):
@@ -127,12 +139,12 @@ class Layers(nn.Module):
 
 
 def test_layers_share_one_class_and_keep_their_own_weights():
-    model = Layers(4).eval()
+    model = Layers(3).eval()
     x = hidden_states(2, 9)
     expected = run(model, x)
     prepared(model)
     assert len({type(layer) for layer in model.layers}) == 1
-    assert [f.where for f in model.nvfp4_preparation.fused] == [f"layers.{i}.experts" for i in range(4)]
+    assert [f.where for f in model.nvfp4_preparation.fused] == [f"layers.{i}.experts" for i in range(3)]
     assert error(run(model, x), expected) < 1e-5
     compiled = torch.compile(model, backend="nvfp4_emu", fullgraph=True, options={"codegen": False})
     assert error(run(compiled, x), expected) < 1e-5
@@ -153,12 +165,14 @@ def test_names_lead_from_new_parameters_to_old_ones():
     assert {n for n in old if ".experts." not in n} == {n for n in new if ".experts." not in n}
 
 
-def test_biases_stay_trainable_and_hold_their_values():
+def test_biases_hold_their_values_and_are_never_trained_in_silence():
     module = parents.ExpertHit(expert=parents.PlainMLP).eval()
     expected = torch.stack([e.fc1.bias.detach().clone() for e in module.experts])
     prepared(module)
     assert torch.equal(module.experts.up_proj_bias, expected)
-    assert module.experts.up_proj_bias.requires_grad
+    with pytest.raises(RuntimeError, match="up_proj_bias requires a gradient"):
+        module.experts.train()(torch.randn(2, HIDDEN), torch.tensor([[0], [1]]), torch.ones(2, 1))
+    assert "learn fc1.bias" in left_alone(parents.ExpertHit(expert=parents.PlainMLP).train())
     assert not module.experts.up_proj.requires_grad
 
 
@@ -244,20 +258,20 @@ def test_weights_move_one_projection_at_a_time(monkeypatch):
         info = libc.mallinfo2()
         return info.uordblks + info.hblkhd
 
-    wide = 32768
+    wide = 16384
 
     class WideMLP(GatedMLP):
         def __init__(self, dtype, activations):
             super().__init__(dtype, activations, intermediate=wide)
 
-    model = Layers(3, lambda dtype: parents.ExpertHit(dtype, WideMLP)).eval()
+    model = Layers(2, lambda dtype: parents.ExpertHit(dtype, WideMLP)).eval()
     projection = EXPERTS * wide * (HIDDEN // 2 + HIDDEN // 16 + 4)
     seen = []
     parts = stack.ExpertPlan.parts
     monkeypatch.setattr(stack.ExpertPlan, "parts", lambda *a: (seen.append(allocated()), parts(*a))[1])
     prepared(model)
-    assert len(seen) == 3 * 3 * EXPERTS
-    # What recording left behind varies by a few megabytes; a second copy of the model would be nine projections.
+    assert len(seen) == 2 * 3 * EXPERTS
+    # What recording left behind varies by a few megabytes; a second copy of the model would be six projections.
     assert max(seen) - seen[0] < 2 * projection
     assert allocated() - seen[0] < projection
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..tensor import NVFP4Weight
+from .forwards import original_class
 from .record import Unsuited
 
 _CODES = (torch.uint8, torch.int8, torch.int32, torch.float4_e2m1fn_x2)
@@ -87,6 +88,8 @@ def _check_expert(name: str, expert: nn.Module) -> None:
         where = f"expert {name}" + (f".{part}" if part else "")
         if any(getattr(module, hooks, None) for hooks in _HOOKS):
             raise Unsuited(f"{where} has hooks, which would not run any more", "remove them, or prepare() first")
+        if "forward" in vars(module):
+            raise Unsuited(f"{where} has a forward of its own, which its class does not know", "prepare() first")
         if is_parametrized(module):
             raise Unsuited(f"{where} has parametrizations", "remove them, or prepare() first")
     meta = [n for n, t in expert.named_parameters() if t.is_meta]
@@ -109,15 +112,18 @@ def _check_alike(container: nn.Module, experts: list[nn.Module]) -> None:
     for name, expert in zip(container._modules, experts, strict=True):
         other = structure(expert)
         if other != first:
-            pairs = (f"{a} there, {b} here" for a, b in zip(first, other, strict=False) if a != b)
+            pairs = (
+                f"{a[0]} is {a[1]} there, {b[0]} is {b[1]} here" for a, b in zip(first, other, strict=False) if a != b
+            )
             differing = next(pairs, "it has other parts")
             raise Unsuited(f"expert {name} differs from the first: {differing}", "experts must be alike to be stacked")
 
 
 def _check_owned(experts: list[nn.Module], owners: Counter[int]) -> None:
-    """No tensor with codes may be used in a second place."""
+    """No tensor with codes, and none that learns, may be used in a second place."""
     for e, expert in enumerate(experts):
-        shared = [n for n in _packed(expert) if owners[_storage(_get(expert, n))] > 1]
+        learning = [n for n, p in expert.named_parameters() if p.requires_grad]
+        shared = [n for n in dict.fromkeys([*_packed(expert), *learning]) if owners[_storage(_get(expert, n))] > 1]
         if shared:
             raise Unsuited(f"expert {e} shares {_some(shared)} with another module", "untie the weights")
 
@@ -135,7 +141,8 @@ def structure(module: nn.Module) -> tuple[Any, ...]:
     """What two modules have in common that compute alike with tensors of their own."""
     parts: list[Any] = []
     for path, part in module.named_modules():
-        parts.append((path, type(part), part.training, _settings(part)))
+        parts += [(path, type(part)), (f"{path} training", part.training)]
+        parts += [(f"{path}.{name}".strip("."), value) for name, value in _settings(part)]
         parts += [(f"{path}.{n}", _layout(t)) for n, t in (*part._parameters.items(), *part._buffers.items())]
     return tuple(parts)
 
@@ -148,6 +155,8 @@ def _settings(module: nn.Module) -> tuple[tuple[str, Any], ...]:
 
 
 def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
     return value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.Size))
 
 
@@ -172,7 +181,7 @@ def find_parents(model: nn.Module, path: str) -> Iterator[str]:
 
 
 def _takes_one(module: nn.Module) -> bool:
-    parameters = list(inspect.signature(module.forward).parameters.values())
+    parameters = list(inspect.signature(original_class(type(module)).forward).parameters.values())[1:]
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     required = [p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     return bool(positional) and len(required) <= 1

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from ..tensor import NVFP4Weight
+from .linear import check_sum, rows_from
 from .record import Unsuited
-from .recorder import Recording, record
+from .recorder import Recording, descendants, record
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ def find_combines(module: nn.Module, experts: list[nn.Module], x: Tensor, hidden
         raise Unsuited("the experts' results reach the output in more than one way", "add them up before anything else")
     values = _responses(module, experts, x, silent, nodes, len(slots), hidden)
     expert_of = torch.tensor([e for e, _ in slots])
+    found = False
     for node in nodes:
         response = values[node]  # [slots, T]
         own = response.gather(1, token_of.unsqueeze(1)).squeeze(1)
@@ -74,13 +76,19 @@ def find_combines(module: nn.Module, experts: list[nn.Module], x: Tensor, hidden
         base = None if not base_value.any() else _equal_node(silent, node)
         if base_value.any() and base is None:
             continue
-        experts_seen = len(experts)
-        weights = torch.zeros(response.shape[1], experts_seen, dtype=torch.float64)
+        weights = torch.zeros(response.shape[1], len(experts), dtype=torch.float64)
         weighted = "output" if scale_of is None else "input"
         if scale_of is not None:
             if not torch.equal(own, torch.ones_like(own)):
                 continue
             own = scale_of
+        try:
+            check_sum(silent, module, node)
+        except Unsuited:
+            if found:
+                return  # what follows a sum that was found stays in the forward
+            raise
+        found = True
         weights.index_put_((token_of, expert_of), own, accumulate=True)
         only_chosen = len(slots) == int((weights != 0).sum())
         yield Combine(silent, tokens, node, base, weights, weighted, only_chosen)
@@ -96,14 +104,16 @@ def _match_rows(recording: Recording, x: Tensor) -> tuple[Tensor, Tensor | None,
     """(token of every row given to an expert [slots], its factor [slots] or None, node that holds the tokens)."""
     rows = torch.cat([call.rows for call in recording.calls])
     count = x.shape[:-1].numel()
+    origins = rows_from(recording, rows.shape[-1])
     candidates = [
         n
-        for n in before_experts(recording)
-        if n.meta["value"].is_floating_point()
+        for n in before_experts(recording)[::-1]
+        if n in origins
+        and n.meta["value"].is_floating_point()
         and n.meta["value"].shape[-1:] == rows.shape[-1:]
         and token_of_rows(n).shape[0] == count
     ]
-    # Those that are rows already come first.
+    # Those that are rows already come first, of these the last, to which everything was done that the experts see.
     candidates.sort(key=lambda n: n.meta["value"].dim() != 2)
     for node in candidates:
         known = token_of_rows(node)
@@ -204,12 +214,3 @@ def _equal_node(recording: Recording, node: Node) -> Node | None:
             if same:
                 return other
     return None
-
-
-def descendants(recording: Recording, roots: set[Node]) -> set[Node]:
-    """roots and every node whose contents depend on them."""
-    found = set(roots)
-    for node in recording.graph.nodes:
-        if not found.isdisjoint(node.meta["deps"]):
-            found.add(node)
-    return found

@@ -62,7 +62,8 @@ class ExpertPlan:
         leaves = list(leaves_of(expert))
         width = _width(expert)
         device = leaves[0].get().device
-        self._module = _trace(expert, leaves, torch.zeros(_ROWS, width, dtype=dtype, device=device))
+        self._module, tables = _trace(expert, leaves, torch.zeros(_ROWS, width, dtype=dtype, device=device))
+        self._tables = {i: leaves[i].get().clone() for i in tables}
         self.graph = self._module.graph
         middle = find_middle(self.graph)
         self.activation, self.layout = middle.activation, middle.layout
@@ -71,6 +72,20 @@ class ExpertPlan:
         self.in_features, self.out_features = self.products[0].features[0], self.products[-1].features[1]
         if len({p.dialect for p in self.products if p.activations != "none"}) > 1:
             raise Unsuited("its products round activations by different rules", "use one dialect in all of them")
+        if len({p.activations for p in self.products[:-1]}) > 1:
+            raise Unsuited("its gate and up quantise their input differently", "use one kind of activations in both")
+
+    def computes_as(self, other: ExpertPlan) -> bool:
+        """Whether experts of both plans are one function of their leaves."""
+        mine, its = ((p.activation, p.layout, p.products, p.sources()) for p in (self, other))
+        return mine == its
+
+    def check_tables(self, name: str, expert: nn.Module) -> None:
+        """Raise `Unsuited` if an expert's lookup tables are not those that the plan was made with."""
+        leaves = list(leaves_of(expert)) if self._tables else []
+        for i, table in self._tables.items():
+            if not torch.equal(leaves[i].get(), table):
+                raise Unsuited(f"expert {name} has another lookup table {leaves[i].name}", "give all experts one table")
 
     def sources(self) -> list[dict[str, int | None]]:
         """For each product, part -> number of the leaf that is this part as it lies, None if it is computed."""
@@ -122,8 +137,11 @@ def _width(expert: nn.Module) -> int:
     raise Unsuited("its experts hold no 2-D packed weight")
 
 
-def _trace(expert: nn.Module, leaves: list[Leaf], x: Tensor) -> fx.GraphModule:
-    """Two experts alike as a graph over the leaves of each, x and logits; packed products as NVFP4 ops."""
+def _trace(expert: nn.Module, leaves: list[Leaf], x: Tensor) -> tuple[fx.GraphModule, set[int]]:
+    """Two experts alike as a graph over the leaves of each, x and logits; packed products as NVFP4 ops.
+
+    Also the numbers of the leaves that hold lookup tables, on whose values this relies.
+    """
     values = [leaf.get() for leaf in leaves]
     names = [leaf.name for leaf in leaves]
 
@@ -149,10 +167,10 @@ def _trace(expert: nn.Module, leaves: list[Leaf], x: Tensor) -> fx.GraphModule:
     graph = graph_module.graph
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     constants = {n: v for n, v in zip(placeholders, (*values, *values), strict=False) if _is_table(v)}
-    report, _ = emulate(graph, constants, dict(zip(placeholders, (*names, *names), strict=False)), lift=False)
+    report, tables = emulate(graph, constants, dict(zip(placeholders, (*names, *names), strict=False)), lift=False)
     if report.refused:
         raise Unsuited(f"in its experts, {report.refused[0]}")
-    return graph_module
+    return graph_module, {placeholders.index(n) % len(leaves) for n in tables}
 
 
 def _is_table(value: Tensor) -> bool:

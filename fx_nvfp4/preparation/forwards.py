@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import linecache
 from collections.abc import Mapping
@@ -22,9 +23,11 @@ class Prepared:
 
     _variants: Mapping[Variant, Any]
     _sources: tuple[tuple[Variant, str], ...]
+    _defaults: Mapping[str, Any]
     training: bool
 
-    def forward(self, x: Tensor) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        x = self._hidden_states(args, kwargs)
         run = self._variants.get((self.training, x.dim()))
         if run is None:
             modes = ", ".join(f"{'training' if t else 'eval'} with {d}-D inputs" for t, d in self._variants)
@@ -35,8 +38,30 @@ class Prepared:
             )
         return run(self, x)
 
+    def _hidden_states(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """The first of the arguments that the original forward takes; the others must have their defaults."""
+        names = list(self._defaults)
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        x = given.pop(names[0], None)
+        others = [n for n, v in given.items() if n not in names or _differ(v, self._defaults[n])]
+        if x is None or others or len(args) > len(names):
+            raise TypeError(
+                f"{type(self).__name__}: fused by fx_nvfp4.prepare for {names[0]} alone, got "
+                f"{len(args)} arguments{''.join(f', {n}' for n in others)}. Leave these out, or this module as it was"
+            )
+        return x
+
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _restore, (type(self).__mro__[2], self._sources), self.__dict__
+        return _restore, (original_class(type(self)), self._sources), self.__dict__
+
+
+def original_class(cls: type[Any]) -> type[nn.Module]:
+    """The class that a prepared one was made from; any other class as it is."""
+    return cls.__mro__[2] if issubclass(cls, Prepared) else cls
+
+
+def _differ(value: Any, default: Any) -> bool:
+    return value is not default and (isinstance(value, Tensor) or value != default)
 
 
 def source_of(graph: fx.Graph) -> str:
@@ -50,6 +75,7 @@ def source_of(graph: fx.Graph) -> str:
 
 def prepared_class(base: type[nn.Module], sources: tuple[tuple[Variant, str], ...]) -> type[nn.Module]:
     """base with these forwards; equal arguments give the same class, so that equal layers share code."""
+    base = original_class(base)
     key = base, sources
     if key not in _classes:
         _classes[key] = _prepared_class(base, sources)
@@ -58,7 +84,14 @@ def prepared_class(base: type[nn.Module], sources: tuple[tuple[Variant, str], ..
 
 def _prepared_class(base: type[nn.Module], sources: tuple[tuple[Variant, str], ...]) -> type[nn.Module]:
     variants = {variant: _function(base, text) for variant, text in sources}
-    names = {"_variants": variants, "_sources": sources, "__module__": base.__module__, "__doc__": base.__doc__}
+    defaults = {name: p.default for name, p in list(inspect.signature(base.forward).parameters.items())[1:]}
+    names = {
+        "_variants": variants,
+        "_sources": sources,
+        "_defaults": defaults,
+        "__module__": base.__module__,
+        "__doc__": base.__doc__,
+    }
     return type(base.__name__, (Prepared, base), names)
 
 

@@ -23,7 +23,8 @@ from .verify import check_expert, check_real, check_synthetic, real_outputs
 
 # Leading dims of the inputs of the two recordings; sizes are told apart by them, so they share no factor.
 _RECORDED: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {3: ((3, 7), (5, 11)), 2: ((21,), (55,))}
-_CHECKED: dict[int, tuple[tuple[int, ...], ...]] = {3: ((1, 1), (2, 16)), 2: ((1,), (32,))}
+_CHECKED: dict[int, tuple[tuple[int, ...], ...]] = {3: ((1, 1), (2, 48)), 2: ((1,), (96,))}
+_LARGE = 32.0  # times the usual: where weights come near to 0 and 1, and thresholds show
 _SAMPLED = 4  # experts of each list that are compared one by one
 
 
@@ -52,6 +53,8 @@ def fuse(model: nn.Module, found: ExpertList, memo: Memo) -> FusedList:
         Unsuited: it stays as it is, and computes what it did.
     """
     plan = _plan(found, memo)
+    for name, expert in zip(found.container._modules, found.experts, strict=True):
+        plan.check_tables(name, expert)
     reasons: list[Unsuited] = []
     for parent_path in find_parents(model, found.path):
         parent = model.get_submodule(parent_path)
@@ -83,6 +86,11 @@ def _fuse_in(
     model: nn.Module, parent_path: str, parent: nn.Module, found: ExpertList, plan: ExpertPlan, memo: Memo
 ) -> FusedList:
     path = found.path[len(parent_path) + 1 :] if parent_path else found.path
+    if "forward" in vars(parent):
+        raise Unsuited(
+            f"{parent_path or ROOT} has a forward of its own, which its class does not know",
+            "prepare() before another library (accelerate) replaces forwards",
+        )
     with untouched(parent, found.experts):
         forwards = _forwards(parent, path, found, plan, memo)
         fused, names = _exchange(parent, path, found, plan, forwards)
@@ -108,7 +116,7 @@ def _exchange(
     probe = _random((2,), plan.in_features, found)
     sampled = {*range(0, len(found.experts), max(1, len(found.experts) // _SAMPLED)), len(found.experts) - 1}
     alone = {e: real_outputs(found.experts[e], [probe]) for e in sampled}
-    together = real_outputs(parent, inputs)
+    together = real_outputs(parent.forward, inputs)
     quantized = any(p.activations != "none" for p in plan.products)
     names = _names(found, plan)
     stack = Stack(plan, found.experts)
@@ -134,17 +142,18 @@ def _forwards(parent: nn.Module, path: str, found: ExpertList, plan: ExpertPlan,
     if known is not None:
         try:
             for (training, rank), _ in known.sources:
-                if training == parent.training:
+                with untouched(parent, found.experts):
+                    parent.train(training)
                     _check(parent, path, found, plan, known, rank, _CHECKED[rank][-1:])
             return known
         except Unsuited:
             pass
-    derived = _derive(parent, path, found, plan)
+    derived = _derive(parent, path, found, plan, memo)
     memo.forwards[key] = derived
     return derived
 
 
-def _derive(parent: nn.Module, path: str, found: ExpertList, plan: ExpertPlan) -> Forwards:
+def _derive(parent: nn.Module, path: str, found: ExpertList, plan: ExpertPlan, memo: Memo) -> Forwards:
     variants: dict[Variant, tuple[str, int, str, int]] = {}
     reasons: dict[Variant, Unsuited] = {}
     mode = parent.training
@@ -153,6 +162,8 @@ def _derive(parent: nn.Module, path: str, found: ExpertList, plan: ExpertPlan) -
             try:
                 with untouched(parent, found.experts):
                     parent.train(training)
+                    if not _plan(found, memo).computes_as(plan):
+                        raise Unsuited("its experts compute something else in training mode (dropout?)")
                     variants[training, rank] = _derive_variant(parent, path, found, plan, rank)
             except Unsuited as reason:
                 reasons[training, rank] = reason
@@ -167,6 +178,10 @@ def _derive_variant(
     parent: nn.Module, path: str, found: ExpertList, plan: ExpertPlan, rank: int
 ) -> tuple[str, int, str, int]:
     """(source, top_k, weighted, width) of the forward for inputs of one rank, in the parent's mode."""
+    learning = [n for n, p in found.experts[0].named_parameters() if p.requires_grad]
+    if parent.training and learning:
+        advice = "freeze it with requires_grad_(False), or prepare() after training"
+        raise Unsuited(f"its experts learn {learning[0]}, and the fused op has no gradient for it", advice)
     reasons = []
     for width in _widths(parent, plan):
         try:
@@ -210,11 +225,11 @@ def _check(
     rank: int,
     shapes: tuple[tuple[int, ...], ...] | None = None,
 ) -> None:
-    """Synthetic experts, at sizes that were not recorded, and with tokens that all choose the same experts."""
+    """Synthetic experts, at sizes that were not recorded, with tokens that all choose the same experts, and large."""
     made = prepared_class(type(parent), forwards.sources)
     run = made._variants[parent.training, rank]  # type: ignore[attr-defined]
     inputs = [_random(shape, forwards.width, found) for shape in shapes or _CHECKED[rank]]
-    inputs.append(inputs[-1][..., :1, :].expand_as(inputs[-1]).contiguous())
+    inputs += [inputs[-1][..., :1, :].expand_as(inputs[-1]).contiguous(), inputs[-1][..., :24, :] * _LARGE]
     check_synthetic(parent, found.experts, path, run, inputs, plan.out_features, forwards.weighted)
 
 

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, fx
 from torch.fx import Node
 
-from .combine import Combine, descendants
+from .combine import Combine
 from .record import Unsuited
-from .recorder import CONSTANT
+from .recorder import CONSTANT, descendants
 from .routing import Routing
 
 aten = torch.ops.aten

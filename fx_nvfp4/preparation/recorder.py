@@ -62,10 +62,10 @@ def record(module: nn.Module, experts: list[nn.Module], x: Tensor, stub: Stub) -
     x = x.clone()  # which the module may write to
     with seeded(x.device), torch.no_grad(), _leaves(recorder, module, experts), _stubs(recorder, experts, stub):
         node = recorder.placeholder(x)
-        before = dict(module.__dict__)
+        before = _kept_tensors(module)
         try:
             with recorder:
-                out = module(x)
+                out = module.forward(x)  # its own hooks will run around the new forward as well
         except Unsuited:
             raise
         except Exception as error:  # whatever the module's own code raises
@@ -73,10 +73,25 @@ def record(module: nn.Module, experts: list[nn.Module], x: Tensor, stub: Stub) -
                 f"its forward raised {type(error).__name__} for an input {list(x.shape)}: {error}",
                 "prepare() calls it with hidden states alone",
             ) from error
-    kept = [k for k, v in module.__dict__.items() if before.get(k) is not v and _tensors(v)]
+    kept = [name for name, ids in _kept_tensors(module).items() if not ids <= before.get(name, set())]
     if kept:
         raise Unsuited(f"its forward keeps tensors in self.{kept[0]}", "return them instead")
     return Recording(recorder.graph, node, recorder.output(out), recorder.calls)
+
+
+def _kept_tensors(module: nn.Module) -> dict[str, set[int]]:
+    """Attribute, or buffer, that holds tensors -> what identifies them."""
+    held = {**module.__dict__, **module._buffers}
+    return {name: {id(t) for t in _tensors(value)} for name, value in held.items() if name != "_buffers"}
+
+
+def descendants(recording: Recording, roots: set[Node]) -> set[Node]:
+    """roots and every node whose contents depend on them."""
+    found = set(roots)
+    for node in recording.graph.nodes:
+        if not found.isdisjoint(node.meta["deps"]):
+            found.add(node)
+    return found
 
 
 @contextlib.contextmanager
@@ -89,13 +104,15 @@ def seeded(device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def untouched(module: nn.Module, experts: list[nn.Module]) -> Iterator[None]:
-    """Trials leave no trace: modes, attributes and buffers of the module and its parts are put back.
+    """Trials leave no trace: modes, attributes (lists and dicts with what they held) and buffers are put back.
 
     On a CPU trials use one thread: they are many and small.
     """
     apart = {id(m) for expert in experts for m in expert.modules()}
     parts = [m for m in module.modules() if id(m) not in apart]
     attributes = [(m, dict(m.__dict__)) for m in parts]
+    held = [(v, v.copy()) for m in parts for v in m.__dict__.values() if isinstance(v, (list, dict))]
+    modes = [(m, m.training) for m in module.modules()]
     buffers = [(b, b.clone()) for m in parts for b in m._buffers.values() if b is not None and not b.is_meta]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -106,6 +123,11 @@ def untouched(module: nn.Module, experts: list[nn.Module]) -> Iterator[None]:
         for part, before in attributes:
             part.__dict__.clear()
             part.__dict__.update(before)
+        for container, items in held:
+            container.clear()
+            container.extend(items) if isinstance(container, list) else container.update(items)
+        for part, mode in modes:
+            part.training = mode
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)

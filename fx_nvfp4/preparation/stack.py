@@ -65,6 +65,6 @@ class Stack:
                 act_scale=parts.get("act_scale"),
             )
             if "bias" in parts:
-                # Like the experts' own, biases learn where they did before.
+                # Marked like the experts' own, so that training them is noticed.
                 biases[name] = parts["bias"].requires_grad_((p, "bias") in self._trained)
         return FusedExperts(weights, biases, self._plan.activation, self._plan.layout, weighted)

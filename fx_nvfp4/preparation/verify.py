@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,27 +56,27 @@ def check_synthetic(
     container = module.get_submodule(path)
     replacement = SyntheticExperts(hidden, weighted)
     made_up = [lambda *a, e=e, **k: synthetic(e, only_rows(a, k), hidden) for e in range(len(experts))]
+    own = {id(p) for expert in experts for p in expert.parameters()}
+    learning = [p for p in module.parameters() if p.requires_grad and p.is_floating_point() and id(p) not in own]
+    trained = learning if module.training else None
     for x in inputs:
         with replaced_forwards(experts, made_up):
-            expected = _run(module, module, x)
+            expected = _run(module.forward, x, trained)
         replace_module(module, path, replacement)
         try:
-            actual = _run(forward, module, x)
+            actual = _run(partial(forward, module), x, trained)
         finally:
             replace_module(module, path, container)
         _compare(expected, actual, x)
 
 
-def _run(run: Callable[..., Any], module: nn.Module, x: Tensor) -> list[Tensor]:
-    """Output tensors; in training mode also the gradients of the first with respect to x and the parameters."""
-    arguments = (x.clone(),) if run is module else (module, x.clone())
-    trained = [p for p in module.parameters() if p.requires_grad and p.is_floating_point()]
-    with seeded(x.device), torch.set_grad_enabled(module.training):
-        if not module.training:
-            return _outputs(run(*arguments))
-        leaf = arguments[-1].requires_grad_()
-        arguments = (*arguments[:-1], leaf * 1.0)
-        outputs = _outputs(run(*arguments))
+def _run(run: Callable[[Tensor], Any], x: Tensor, trained: list[nn.Parameter] | None) -> list[Tensor]:
+    """Output tensors; with trained parameters also the gradients of the first with respect to x and to them."""
+    with seeded(x.device), torch.set_grad_enabled(trained is not None):
+        if trained is None:
+            return _outputs(run(x.clone()))
+        leaf = x.clone().requires_grad_()
+        outputs = _outputs(run(leaf * 1.0))
         if not outputs[0].requires_grad:
             return outputs
         gradients = torch.autograd.grad(outputs[0].float().square().sum(), [leaf, *trained], allow_unused=True)
@@ -99,13 +100,13 @@ def _compare(expected: list[Tensor], actual: list[Tensor], x: Tensor) -> None:
             )
 
 
-def real_outputs(module: Callable[[Tensor], Any], inputs: Sequence[Tensor]) -> list[list[Tensor]]:
-    """What a module gives, without gradients."""
+def real_outputs(run: Callable[[Tensor], Any], inputs: Sequence[Tensor]) -> list[list[Tensor]]:
+    """What a forward gives, without gradients."""
     with torch.no_grad():
         results = []
         for x in inputs:
             with seeded(x.device):
-                results.append(_outputs(module(x.clone())))
+                results.append(_outputs(run(x.clone())))
         return results
 
 
