@@ -123,8 +123,9 @@ class Combine:
         inside = (expert >= 0) & (expert < self.c.experts)
         share = self.s.share if weighted == "output" else self.s.chosen.double()
         expected = torch.where(inside, share[self.token, torch.where(inside, expert, 0)] * power, 0).to(dtype)
-        if not torch.equal(got, expected):
-            wrong = got != expected
+        once = (self.s.world.ids[self.token] == expert[:, None]).sum(1) == 1
+        wrong = (got != expected) & once  # of two slots on one expert, the sum is that of two roundings
+        if bool(wrong.any()):
             lost = bool((got[wrong] == 0).all())
             what = "slots are dropped" if lost else f"slots are not weighted by {self.c.weights}"
             part = f"in {100 * float(wrong.double().mean()):.2g}% of the elements tried"

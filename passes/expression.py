@@ -104,8 +104,10 @@ class Tracer(Walk):
         if MOVES.of(node) or node.target in (prims.convert_element_type.default, aten._to_copy.default):
             if len(terms) != 1:
                 raise Refused(f"the activation puts {node.name} together from several parts", _ADVICE)
-            if node.meta["val"].is_floating_point() or not isinstance(terms[0], tuple):
-                return _as_number(terms[0]) if node.meta["val"].is_floating_point() else terms[0]
+            if node.meta["val"].is_floating_point():
+                return _as_number(terms[0])
+            if MOVES.of(node) and node.meta["val"].dtype == inputs[0][0].meta["val"].dtype:
+                return terms[0]
             raise Refused(f"the activation rounds to integers in {node.name}", _ADVICE)
         return _call(node, terms)
 

@@ -138,7 +138,7 @@ def _layout(halves: Sequence[Half], width: int) -> tuple[str, tuple[int, ...]]:
     if len(halves) == 1 and places == ["same"] and halves[0].whole == width:
         return "plain", (0,)
     if len(halves) == 2:
-        shared = halves[0].product.parts == halves[1].product.parts and halves[0].bias is halves[1].bias
+        shared = _operands(halves[0]) == _operands(halves[1])
         for layout, pair in (("concatenated", ["same", "second"]), ("interleaved", ["even", "odd"])):
             if shared and halves[0].whole == 2 * width and sorted(places) == sorted(pair):
                 return layout, tuple(places.index(p) for p in pair)
@@ -146,6 +146,12 @@ def _layout(halves: Sequence[Half], width: int) -> tuple[str, tuple[int, ...]]:
             return "separate", (0, 1)
     used = ", ".join(f"{h.product.node.name} ({h.place} of {h.whole} rows)" for h in halves)
     raise Refused(f"the activation of {width} features takes {used or 'no product'}", "use all rows as gate or up")
+
+
+def _operands(half: Half) -> tuple[object, ...]:
+    """What the halves of one fused weight share."""
+    p = half.product
+    return *p.parts, p.act_scale, p.activations, p.dialect, half.bias
 
 
 def _weights(halves: Sequence[Half], layout: str) -> tuple[Up, ...]:

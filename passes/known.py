@@ -38,6 +38,9 @@ class Known:
             block = refused
         except Unsupported as error:
             block = Refused(str(error), "spell the block without it")
+        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            # Nothing is replaced that is not proven, so a graph that no one has thought of costs speed alone.
+            block = Refused(f"trying it raised {type(error).__name__}: {error}", "please report this graph")
         self._results[key] = nodes, block
         return block
 

@@ -113,6 +113,10 @@ class Routing:
             return operator.attrgetter(str(node.target))(node.graph.owning_module).detach().cpu()
         if is_tensor(node) and node.target not in _VIEWS and math.prod(shape_of(node)) > MAX_ELEMENTS:
             raise Refused(f"{node.name} {list(shape_of(node))} is too large to try routing with", "route by ids")
+        if getattr(node.target, "namespace", "aten") not in ("aten", "prims"):
+            raise Refused(
+                f"routing goes through {node.target}, which is not run to try it", "route by PyTorch's own ops"
+            )
         args, kwargs = fx.map_arg((node.args, node.kwargs), self._values.__getitem__)
         args, kwargs = fx.node.map_aggregate((args, kwargs), _on_cpu)  # type: ignore[misc]
         if node.target in _EMPTY:

@@ -56,10 +56,16 @@ def find_units(graph: fx.Graph) -> list[tuple[Unit, ...]]:
         if down.kind != "linear":
             whole.append((Unit(ups, down),))
         elif (source := _routing_source(Unit(ups, down))) is not None:
-            key = source, down.rows, down.k, len(ups), [down.parts if down.experts else None]
+            key = source, [_kind(p) for p in (*ups, down)]
             apart.setdefault(str(key), []).append(Unit(ups, down))
     numbered = [tuple(_numbered(units)) for units in apart.values()]
     return whole + [units for units in numbered if len(units) > 1]
+
+
+def _kind(product: ExpertProduct) -> tuple[Any, ...]:
+    """What products of one block have in common, expert by expert."""
+    whole = (product.parts, product.act_scale) if product.experts else None
+    return product.rows, product.k, product.first, product.activations, product.dialect, whole
 
 
 def _numbered(units: list[Unit]) -> Iterator[Unit]:
