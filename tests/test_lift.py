@@ -561,7 +561,10 @@ IMPOSTORS = {
     "activation knows the token": (act_of_token, "activation reads"),
     "activation knows the weight": (act_of_weight, "activation reads"),
     "activation mixes features": (act(lambda y: swiglu(y).softmax(dim=-1)), "no expression|takes"),
-    "activation shifts features": (act(lambda y: F.silu(y[..., :WIDTH]).roll(1, -1) * y[..., WIDTH:]), "several parts"),
+    "activation shifts features": (
+        act(lambda y: F.silu(y[..., :WIDTH]).roll(1, -1) * y[..., WIDTH:]),
+        "several parts|out of order",
+    ),
     "activation differs by row": (act(act_of_row), "depends on the routing"),
     "only half of the rows": (act(lambda y: F.silu(y[..., :WIDTH])), "takes"),
     "not zero of zeros": (lambda *a: on_input(*a, act=lambda y: swiglu(y) + 1), "as zeros"),
