@@ -64,10 +64,17 @@ def _factor(func: Any, w: NVFP4Weight, shape: Sequence[int]) -> tuple[list[list[
             while pending and statically_known_true(pending[0][1] == 1):
                 pending.popleft()
             size = pending[0][1] if pending else 0
-            if size and need % size == 0:
+            if pending and statically_known_true(size == need):
+                group.append(take(size))
+                need = 1
+                if statically_known_true(size == 0):  # of no tokens: it also merges what no other dim asks for
+                    rest = math.prod(shape[len(groups) + 1 :])
+                    while pending and not statically_known_true(math.prod(p[1] for p in pending) == rest):
+                        group.append(take(pending[0][1]))
+            elif size and need % size == 0:
                 group.append(take(size))
                 need = need // size
-            elif size and size % need == 0:
+            elif size and need and size % need == 0:
                 group.append(take(need))
                 need = 1
             else:

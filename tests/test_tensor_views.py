@@ -124,6 +124,17 @@ def test_one_activation_scale_for_all_becomes_one_for_each_when_stacked():
     assert torch.stack(weights).act_scale.tolist() == [0.5, 0.25]
 
 
+@pytest.mark.parametrize("lead", [(0, 2), (3, 0), (0, 1)])
+def test_no_tokens_have_views_and_products_too(lead):
+    weight, ids, x = make_weight(dtype=torch.float32), torch.zeros(lead, dtype=torch.long), torch.randn(lead[0], K)
+    for product in (
+        lambda w: torch.einsum("tk,tank->tan", x, w[ids]),
+        lambda w: torch.matmul(x[:, None, None], w[ids].mT),
+        lambda w: torch.bmm(w[ids].flatten(0, 1), torch.randn(0, K, 1)),
+    ):
+        assert product(weight).shape == product(weight.dequantize()).shape
+
+
 @pytest.mark.parametrize("shape", [(E, N // 2, K), (E * 2, N, K), (-1, 5), (N, K)])
 def test_a_shape_of_another_size_is_refused_as_for_any_tensor(shape):
     with pytest.raises(RuntimeError, match=r"is invalid for an NVFP4Weight \[4, 96, 64\]"):
