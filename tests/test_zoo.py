@@ -61,6 +61,10 @@ def is_lifted(r: Recipe) -> bool:
         return False  # experts that were not chosen see zeros, and give their bias
     if r.style == "titan_input" and r.dtype == torch.float32:
         return False  # rounds the input to bf16 after it was weighted
+    if r.style.startswith("titan") and r.routing in (*TOP_1, "repeated argmax"):
+        return False  # its histogram would count an id past the last expert, which argmax is not known to exclude
+    if r.style in DENSE and r.routing == "repeated argmax" and r.mask == "scatter" and r.top_k > 1:
+        return False  # scatter keeps the last of equal ids, which repeated argmax is not known to exclude
     return r.style not in NOT_LIFTED
 
 

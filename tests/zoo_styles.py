@@ -195,9 +195,9 @@ def _grouped(m: Any, rows: Tensor, ids: Tensor, offs: Tensor) -> Tensor:
 
 def _sorted(m: Any, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Order of the slots by expert, their experts, and counts."""
-    order = torch.argsort(ids.view(-1), stable=True)
-    counts = torch.histc(ids.view(-1).float(), bins=m.recipe.experts, min=0, max=m.recipe.experts)
-    return order, ids.view(-1)[order], counts
+    order = torch.argsort(ids.reshape(-1), stable=True)
+    counts = torch.histc(ids.reshape(-1).float(), bins=m.recipe.experts, min=0, max=m.recipe.experts)
+    return order, ids.reshape(-1)[order], counts
 
 
 def titan(m: Any, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
@@ -205,7 +205,7 @@ def titan(m: Any, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
     order, experts, counts = _sorted(m, ids)
     index = (order // ids.shape[1]).reshape(-1, 1).expand(-1, x.shape[1])
     y = _grouped(m, torch.gather(x, 0, index), experts, counts.cumsum(0, dtype=torch.int32))
-    y = (y.float() * weights.view(-1)[order].reshape(-1, 1)).to(x.dtype)
+    y = (y.float() * weights.reshape(-1)[order].reshape(-1, 1)).to(x.dtype)
     return torch.zeros_like(x).scatter_add(0, index, y)
 
 
@@ -213,7 +213,7 @@ def titan_input(m: Any, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
     """torchtitan with score_before_experts."""
     order, experts, counts = _sorted(m, ids)
     index = (order // ids.shape[1]).reshape(-1, 1).expand(-1, x.shape[1])
-    rows = (torch.gather(x, 0, index).float() * weights.view(-1)[order].reshape(-1, 1)).to(x.dtype)
+    rows = (torch.gather(x, 0, index).float() * weights.reshape(-1)[order].reshape(-1, 1)).to(x.dtype)
     y = _grouped(m, rows, experts, counts.cumsum(0, dtype=torch.int32))
     return torch.zeros_like(x).scatter_add(0, index, y)
 
@@ -242,7 +242,7 @@ def titan_padded(m: Any, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
     y = _grouped(m, rows[permuted], experts_of_rows(permuted, experts), ends.to(torch.int32))
     back = y.new_zeros(rows.shape)
     back[permuted] = y
-    y = (back[:-1].float() * weights.view(-1)[order].reshape(-1, 1)).to(x.dtype)
+    y = (back[:-1].float() * weights.reshape(-1)[order].reshape(-1, 1)).to(x.dtype)
     return torch.zeros_like(x).scatter_add(0, index, y)
 
 
@@ -290,7 +290,7 @@ def list_where(m: Any, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
 def list_slices(m: Any, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
     """DeepSeek's moe_infer: slices of sorted tokens by counts that Python reads."""
     counts = ids.new_zeros(len(ids), m.recipe.experts).scatter_(1, ids, 1).sum(dim=0)
-    order = ids.view(-1).argsort(stable=True)
+    order = ids.reshape(-1).argsort(stable=True)
     rows, outputs, start = x[order // ids.shape[1]], [], 0
     for expert, count in zip(m.list, counts.tolist(), strict=True):
         outputs.append(expert(rows[start : start + count]))
