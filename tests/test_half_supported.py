@@ -145,11 +145,9 @@ def check(report, skipped):
     assert all(f"refused: layers.{name}" in text for name in skipped)
 
 
-@pytest.mark.parametrize("dynamic", [None, True])
-def test_every_skipped_site_is_named_with_its_reason(dynamic):
+def test_every_skipped_site_is_named_with_its_reason():
     x = torch.randn(5, K)
-    if dynamic:
-        torch._dynamo.mark_dynamic(x, 0)
+    torch._dynamo.mark_dynamic(x, 0)  # the test of graph breaks has static sizes
     with torch.no_grad():
         report = fx_nvfp4.explain(HalfSupported(), x)
     check(report, SKIPPED)

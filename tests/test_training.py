@@ -141,7 +141,7 @@ def test_dynamic_token_counts(style, graphs):
         assert_close(got, gradients(model, x, model.trained()), 2e-5)
 
 
-@pytest.mark.parametrize("style", FP32_STYLES)
+@pytest.mark.parametrize("style", ["linear", "einsum"])  # a plain product, and one whose rewriting adds views
 def test_checkpointed_blocks_are_computed_again(style, graphs):
     model = Adapted(style)
 
