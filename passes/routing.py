@@ -123,7 +123,7 @@ class Routing:
             dtype = node.meta["val"].dtype
             return torch.full(shape_of(node), math.nan if dtype.is_floating_point else POISON, dtype=dtype)
         try:
-            result = node.target(*args, **kwargs)  # type: ignore[operator]
+            result = _call(node, args, kwargs)
         except (RuntimeError, IndexError, TypeError, NotImplementedError) as error:
             raise CannotTry(f"{node.name} cannot be tried out: {str(error).splitlines()[0]}", "") from error
         self._bind(node.meta.get("val"), result)
@@ -152,6 +152,22 @@ def _known_size(node: Node) -> int | None:
 
 def _is_random(node: Node) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
+def _call(node: Node, args: Any, kwargs: Any) -> Any:
+    """What the node computes. A GPU counts integers (histc) that a CPU counts as floats only: exact in float64."""
+    try:
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+    except NotImplementedError:
+        if not is_tensor(node):
+            raise
+        args, kwargs = fx.node.map_aggregate((args, kwargs), _widened)  # type: ignore[misc]
+        return node.target(*args, **kwargs).to(node.meta["val"].dtype)  # type: ignore[operator]
+
+
+def _widened(argument: Any) -> Any:
+    integers = isinstance(argument, Tensor) and not argument.is_floating_point() and argument.dtype != torch.bool
+    return argument.double() if integers else argument
 
 
 def _on_cpu(argument: Any) -> Any:

@@ -8,6 +8,7 @@ import re
 
 import pytest
 import torch
+from fx_nvfp4.passes.routing import Routing
 from torch import nn
 from torch.nn import functional as F
 
@@ -628,3 +629,14 @@ def test_lift_is_an_option():
         torch.compile(Block(indexed), backend="nvfp4_emu", options=options)(x_of())
     assert not report.blocks
     assert [m.op for m in report.matched] == ["indexed"] * 2
+
+
+def test_integers_that_only_a_gpu_counts_are_counted_all_the_same():
+    """By histc of integers, as transformers does on a GPU: a CPU, where routing is tried, has it for floats alone."""
+    graph = torch.fx.Graph()
+    ids = graph.placeholder("ids")
+    counts = graph.call_function(torch.ops.aten.histc.default, (ids, 4, 0, 3))
+    ids.meta["val"], counts.meta["val"] = torch.empty(6, dtype=torch.int32), torch.empty(4, dtype=torch.int32)
+    found = Routing({ids: torch.tensor([3, 0, 3, 1, 3, 0], dtype=torch.int32)}, frozenset(), {}).value(counts)
+    assert found.dtype == torch.int32
+    assert found.tolist() == [2, 1, 0, 3]

@@ -335,6 +335,8 @@ def test_grouped_products_over_the_rows():
 def test_transformers_grouped_product_in_float32():
     """Its backward op returns the gradient of the weight too, dense: it must not even be computed."""
     pytest.importorskip("transformers.integrations.moe")
+    if not hasattr(torch.ops.transformers, "grouped_mm_fallback_backward"):
+        pytest.skip("this transformers loops over the groups in Python to differentiate, which no compiler traces")
     fallback = torch.ops.transformers.grouped_mm_fallback
     model = Spelled(E, N, K, body=lambda m, h, offs: fallback(h, m.w().mT, offs))
     offs = torch.tensor([0, 4, 4, 9, 9, 15, 15, 18], dtype=torch.int32)
