@@ -55,7 +55,7 @@ def _factor(func: Any, w: NVFP4Weight, shape: Sequence[int]) -> tuple[list[list[
         factors[a].append(size)
         return a, len(factors[a]) - 1
 
-    groups = []
+    groups: list[list[tuple[int, int]]] = []
     for asked in shape:
         need, group = asked, []
         if statically_known_true(need == 1) and pending and statically_known_true(pending[0][1] == 1):
@@ -68,7 +68,7 @@ def _factor(func: Any, w: NVFP4Weight, shape: Sequence[int]) -> tuple[list[list[
                 group.append(take(size))
                 need = 1
                 if statically_known_true(size == 0):  # of no tokens: it also merges what no other dim asks for
-                    rest = math.prod(shape[len(groups) + 1 :])
+                    rest = math.prod(list[int](shape[len(groups) + 1 :]))
                     while pending and not statically_known_true(math.prod(p[1] for p in pending) == rest):
                         group.append(take(pending[0][1]))
             elif size and need % size == 0:

@@ -25,7 +25,7 @@ def _codes_per_element(dtype: torch.dtype) -> int:
 
 def find_qdata(probe: Probe) -> tuple[Read, int, int]:
     """The leaf read at k // 2 (for int32 k // 8), its dimension, and the operand's dimension K."""
-    best: tuple[float, Read, int, int, Tensor] | None = None
+    best: tuple[tuple[float, bool, int], Read, int, int, Tensor] | None = None
     for read in probe.packed:
         ratio = _codes_per_element(read.dtype)
         for d, k in itertools.product(range(read.index.shape[1]), range(len(probe.shape))):
@@ -33,11 +33,13 @@ def find_qdata(probe: Probe) -> tuple[Read, int, int]:
                 continue
             hit = read.seen & (read.column(d) == probe.coords[:, k] // ratio)
             share = float(hit.float().mean())
-            if share > 0.5 and (best is None or share > best[0]):
-                best = share, read, d, k, hit
+            # Experts that are each used twice are read at half of their number too, but have no blocks.
+            rank = share, _is_in_blocks(probe, read, k), probe.shape[k]
+            if share > 0.5 and (best is None or rank > best[0]):
+                best = rank, read, d, k, hit
     if best is None:
         raise _not_packed_along_k(probe)
-    share, read, packed_dim, k_dim, hit = best
+    (share, _, _), read, packed_dim, k_dim, hit = best
     name = read.node.name
     if share < 1:
         place = probe.where(~hit, k_dim)
@@ -49,6 +51,13 @@ def find_qdata(probe: Probe) -> tuple[Read, int, int]:
     if not same_size(read.node.meta["val"].shape[packed_dim] * _codes_per_element(read.dtype), probe.size(k_dim)):
         raise Refused(f"only part of {name}'s K is used", "slice the packed tensors, or use the whole of K")
     return read, packed_dim, k_dim
+
+
+def _is_in_blocks(probe: Probe, qdata: Read, k_dim: int) -> bool:
+    """Whether another leaf is read at K // 16."""
+    block = probe.coords[:, k_dim] // BLOCK
+    others = (r for r in probe.reads if r is not qdata)
+    return any(torch.equal(r.column(d), block) for r in others for d in range(r.index.shape[1]))
 
 
 def _is_at_half(probe: Probe, read: Read, k_dim: int) -> bool:

@@ -114,8 +114,6 @@ def test_one_weight(name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_all_experts(name):
-    if name == "each expert twice" and torch.__version__ < "2.12":
-        pytest.skip("torch 2.11 traces repeat_interleave to ops that are refused, with a reason")
     body, inputs, op = ALL[name]
     check(Packed(E, N, K, body=body), (inputs,), op)
 
