@@ -105,9 +105,10 @@ def _halves(block: Block) -> list[Projection]:
     if block.layout in ("separate", "plain"):
         return list(block.up)
     both, middle = block.up[0], block.up[0].qdata.shape[1] // 2
-    rows = (slice(None, None, 2), slice(1, None, 2)) if block.layout == "interleaved" else (
-        slice(None, middle), slice(middle, None))  # fmt: skip
-    return [both.rows(half) for half in rows]
+    halves = slice(None, middle), slice(middle, None)
+    if block.layout == "interleaved":
+        halves = slice(None, None, 2), slice(1, None, 2)
+    return [both.rows(half) for half in halves]
 
 
 def _operand(entered: tuple[Tensor, Tensor | None], p: Projection) -> moe_kernels.Operand:

@@ -148,9 +148,8 @@ def _rows(x: Tensor, qdata: Tensor) -> int:
 
 
 def _activations(node: Node) -> str:
-    given: dict[str, Any] = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False))  # type: ignore[union-attr]
-    given.update(node.kwargs)
-    return _format(given.get("activations", "none"), given.get("act_scale"), given.get("dialect", "hardware"))
+    a = arguments(node)  # gradients have none
+    return _format(getattr(a, "activations", "none"), getattr(a, "act_scale", None), getattr(a, "dialect", "hardware"))
 
 
 def _format(mode: str, scale: Any, dialect: str) -> str:

@@ -71,9 +71,11 @@ def ids_by_slot(emit: Emitter, site: Site, layout: Layout, experts: int) -> Node
     if slot_size is not None and rows != chosen * slot_size:
         raise _unordered(axis.node, axis)
     ids = emit.view(ids, [-1 if batch_dims else 1, chosen])
-    if counts_from_zero(axis.node):
-        return ids
-    # In indexing, -1 is the last expert.
+    return ids if counts_from_zero(axis.node) else count_from_zero(emit, ids, experts)
+
+
+def count_from_zero(emit: Emitter, ids: Node, experts: int) -> Node:
+    """Ids as the ops take them, where -1 was the last expert, as in indexing."""
     from_end = emit(aten.add.Scalar, ids, experts)
     return emit(aten.where.self, emit(aten.lt.Scalar, ids, 0), from_end, ids)
 

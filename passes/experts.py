@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -13,8 +11,8 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Node
 
 from .cone import Reach, cone_key, cone_nodes
-from .found import Axis, PackedWeight, Refusal
-from .nodes import shape_of
+from .found import PackedWeight, Refusal
+from .nodes import renamed, shape_of
 from .products import Product, find_products
 from .weights import recognise_weight
 
@@ -80,21 +78,9 @@ class Memo:
             self._results[key] = nodes, recognise_weight(node, self._constants)
             return self._results[key][1]
         known, result = self._results[key]
-        return _renamed(result, dict(zip(known, nodes, strict=True)))
+        return renamed(result, dict(zip(known, nodes, strict=True)))
 
     def _fingerprint(self, node: Node) -> bytes | None:
         value = self._constants.get(node)
         with unset_fake_temporarily():
             return None if value is None else value.cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
-
-
-def _renamed(result: Any, names: Mapping[Node, Node]) -> Any:
-    """A result with its nodes replaced by their counterparts in another cone of the same structure."""
-    if isinstance(result, Node):
-        return names.get(result, result)
-    if isinstance(result, tuple):
-        return tuple(_renamed(r, names) for r in result)
-    if isinstance(result, (PackedWeight, Refusal, Axis)):
-        changes = {f.name: _renamed(getattr(result, f.name), names) for f in dataclasses.fields(result)}
-        return type(result)(**changes)
-    return result

@@ -6,8 +6,7 @@ After:   one proof, and 48 blocks
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch.fx import Node
 
 from .block import Block, Candidate
 from .found import Refused
-from .nodes import is_size
+from .nodes import is_size, renamed
 from .proof import following, prove
 from .sample import Unsupported
 
@@ -31,7 +30,7 @@ class Known:
         nodes, key = _structure(candidate)
         if key in self._results:
             known, result = self._results[key]
-            return _renamed(result, dict(zip(known, nodes, strict=True)))
+            return renamed(result, dict(zip(known, nodes, strict=True)))
         try:
             block: Block | Refused = prove(candidate)
         except Refused as refused:
@@ -95,17 +94,3 @@ def _below(node: Node, stop: set[Node], within: set[Node] | None = None) -> Iter
         yield current
         if current not in stop and (within is None or current in within):
             stack += reversed(current.all_input_nodes)
-
-
-def _renamed(result: Any, names: Mapping[Node, Node]) -> Any:
-    """A result with its nodes replaced by their counterparts in another block of the same structure."""
-    if isinstance(result, Node):
-        return names[result]
-    if isinstance(result, (tuple, list)):
-        return type(result)(_renamed(r, names) for r in result)
-    if isinstance(result, Mapping):
-        return {_renamed(k, names): v for k, v in result.items()}
-    if dataclasses.is_dataclass(result) and not isinstance(result, type):
-        changes = {f.name: _renamed(getattr(result, f.name), names) for f in dataclasses.fields(result)}
-        return dataclasses.replace(result, **changes)
-    return result

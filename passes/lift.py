@@ -18,6 +18,7 @@ from fx_nvfp4 import report
 
 from .block import Block, Candidate, Unit
 from .emitter import CannotRewriteError, Emitter, shape
+from .expert_ids import count_from_zero
 from .expert_products import own_parts
 from .found import Refused
 from .known import Known
@@ -142,10 +143,7 @@ def _typed(emit: Emitter, node: Node, like: Node) -> Node:
 def _ids(emit: Emitter, c: Candidate) -> Node:
     """Ids [T, A], counted from 0 where indexing also counted from the end."""
     ids = emit.reshape(c.ids, [-1, c.slots])
-    if not c.wraps:
-        return ids
-    from_end = emit(aten.add.Scalar, ids, c.experts)
-    return emit(aten.where.self, emit(aten.lt.Scalar, ids, 0), from_end, ids)
+    return count_from_zero(emit, ids, c.experts) if c.wraps else ids
 
 
 def _weights(emit: Emitter, c: Candidate, ids: Node) -> Node:

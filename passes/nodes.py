@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import SimpleNamespace
@@ -115,3 +116,18 @@ def flat_index(node: Node, index: Tensor) -> Tensor:
     for d, size in enumerate(shape_of(node)):
         flat = flat * size + index[:, d]
     return flat
+
+
+def renamed(found: Any, names: Mapping[Node, Node]) -> Any:
+    """What was found of some nodes, said of their counterparts in another part of the graph that is built alike."""
+    if isinstance(found, Node):
+        return names[found]
+    if isinstance(found, (tuple, list)):
+        return type(found)(renamed(f, names) for f in found)
+    if isinstance(found, Mapping):
+        return {renamed(k, names): v for k, v in found.items()}
+    if dataclasses.is_dataclass(found) and not isinstance(found, type):
+        return dataclasses.replace(
+            found, **{f.name: renamed(getattr(found, f.name), names) for f in dataclasses.fields(found)}
+        )
+    return found

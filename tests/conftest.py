@@ -1,6 +1,7 @@
 """Without a GPU the Triton kernels run in Triton's interpreter, and tests marked `gpu` are skipped."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -28,3 +29,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def device() -> str:
     """Where tests run natively: the GPU if there is one."""
     return "cuda" if HAS_GPU else "cpu"
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Small products gain nothing from more, and tests that run beside this one lose."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -2,21 +2,12 @@
 
 import fuzz
 import pytest
-import torch
 from zoo_weights import PACKINGS
 
 pytest.importorskip("transformers")  # whose experts are two of the styles
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 COUNT, CHUNKS = 300, 6
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small products gain nothing from more, and tests that run beside this one lose."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))

@@ -17,6 +17,7 @@ from fx_nvfp4.backend import collect_reports
 from fx_nvfp4.report import Report
 
 transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 LAYERS, EXPERTS = 2, 4
 COMMON: dict[str, Any] = {
@@ -98,15 +99,6 @@ CLASSES = [
 @pytest.fixture(autouse=True)
 def fresh_dynamo():
     torch._dynamo.reset()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small products gain nothing from more, and tests that run beside this one lose."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def build(cls: Class, activations: str = "none", dtype: torch.dtype = torch.float32) -> nn.Module:

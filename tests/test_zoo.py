@@ -16,6 +16,7 @@ from zoo_styles import ALL_TOKENS_INPUT, DATA_DEPENDENT, LOOPS, MODULE_LISTS, ST
 from zoo_weights import NEAR_MISSES, PACKINGS
 
 pytest.importorskip("transformers")  # whose experts are two of the styles
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = {"no": [(5,)], "tokens": [(5,), (8,), (3,)], "all": [(5,), (8,), (3,)]}
@@ -36,15 +37,6 @@ NOT_LIFTED = {
 }
 
 DENSE = ("dense_bmm", "dense_matmul", "dense_einsum", "llama4", "llama4_scatter", "capacity", "stacked_loop")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Small products gain nothing from more, and tests that run beside this one lose."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def is_lifted(r: Recipe) -> bool:

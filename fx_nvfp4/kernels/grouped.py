@@ -118,9 +118,7 @@ def grouped(
     if out.numel() == 0:
         return out
     config = gemm_config(triton.cdiv(s, weight.experts), x.dtype)
-    # Each non-empty group, the rows past the end among them, wastes less than one tile.
-    groups = min(weight.experts + 1, s)
-    tiles_m = (s + groups * (config.block_m - 1)) // config.block_m
+    tiles_m = row_tiles(s, weight.experts, config.block_m)
     with torch.cuda.device_of(x):
         grouped_kernel[(tiles_m * triton.cdiv(weight.n, config.block_n),)](
             x,
@@ -141,6 +139,15 @@ def grouped(
             **config.meta(),
         )
     return out
+
+
+def row_tiles(rows: int, experts: int, block_m: int) -> int:
+    """How many tiles rows need at most, however they are grouped; see :func:`find_tile`.
+
+    Each non-empty group, the rows of nobody among them, wastes less than one tile.
+    """
+    groups = min(experts + 1, rows)
+    return (rows + groups * (block_m - 1)) // block_m
 
 
 def row_groups(offs: Tensor, rows: int) -> Tensor:

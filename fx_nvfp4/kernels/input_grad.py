@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .config import gradient_config
 from .decode import dequantize_tile
-from .grouped import find_tile, row_groups
+from .grouped import find_tile, row_groups, row_tiles
 from .operands import FLOAT_DTYPES, Weight, pack_weight, require
 from .tile import store_tile
 
@@ -179,8 +179,7 @@ def _launch(grad: Tensor, weight: Weight, offs: Tensor, group: Tensor, order: Te
     # Columns in multiples of 16, so that the parts are loaded 16 bytes at a time whatever N is.
     parts = grad.new_empty(s, count, 16 * triton.cdiv(weight.n, 16), dtype=torch.bfloat16)
     config = gradient_config(triton.cdiv(s, weight.experts))
-    groups = min(weight.experts + 1, s)
-    tiles_m = (s + groups * (config.block_m - 1)) // config.block_m
+    tiles_m = row_tiles(s, weight.experts, config.block_m)
     stride_qe, stride_qn, stride_se, stride_sn, stride_ge = weight.strides()
     with torch.cuda.device_of(grad):
         split_grad_kernel[(s * triton.cdiv(parts.shape[2], SPLIT_BLOCK),)](

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .activation import compile_activation
 from .config import COMBINE_ELEMENTS, GemmConfig, gemm_config
-from .grouped import find_tile
+from .grouped import find_tile, row_tiles
 from .operands import Weight, check_input, check_out_scale, pack_weight, require
 from .routing import load_expert
 from .tile import output_scale, product_tile, store_tile
@@ -374,9 +374,7 @@ def _launch(
     slots = out.shape[0]
     if out.numel() == 0:
         return
-    # Each non-empty group, the slots of nobody among them, wastes less than one tile.
-    groups = min(weight.experts + 1, slots)
-    tiles_m = (slots + groups * (config.block_m - 1)) // config.block_m
+    tiles_m = row_tiles(slots, weight.experts, config.block_m)
     with torch.cuda.device_of(out):
         kernel[(tiles_m * triton.cdiv(columns, config.block_n),)](
             *pointers,
