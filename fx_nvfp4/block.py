@@ -69,6 +69,11 @@ class Block:
     def experts(self) -> int:
         return self.down.qdata.shape[0]
 
+    @property
+    def rows_apart(self) -> bool:
+        """Whether each slot has a row of its own: multiplied by its weight, or rounded with its expert's scale."""
+        return self.weighted == "input" or any(p.act.needs_experts for p in self.up)
+
     def enter(self, x: Tensor, weights: Tensor) -> Tensor:
         """Rows [S, K] as the up product takes them, with the routing weights [S] of their slots."""
         return (x.float() * weights.float().unsqueeze(-1)).to(x.dtype) if self.weighted == "input" else x
@@ -98,6 +103,13 @@ class Block:
         """Which slots have an expert."""
         return (ids >= 0) & (ids < self.experts)
 
+    def combine(self, slots: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """The weighted sum [T, H], in their dtype, of slots [T * A, H], which hold zeros where they are nobody's."""
+        factor = self.inside(ids).float()
+        if self.weighted == "output":
+            factor = torch.where(self.inside(ids), weights.float(), 0.0)
+        return (slots.view(*ids.shape, slots.shape[1]).float() * factor.unsqueeze(-1)).sum(dim=1).to(slots.dtype)
+
 
 def moe(x: Tensor, ids: Tensor, weights: Tensor, block: Block) -> Tensor:
     """x [T, K], ids and weights [T, A] -> [T, H] in x's dtype."""
@@ -107,7 +119,4 @@ def moe(x: Tensor, ids: Tensor, weights: Tensor, block: Block) -> Tensor:
         ups = [p.add_bias(reference.matmul(rows, *p.of_expert(e)), e) for p in block.up]
         h = block.activation.evaluate(*block.split(ups)).to(x.dtype)
         slots[slot] = block.down.add_bias(reference.matmul(h, *block.down.of_expert(e)), e)
-    factor = block.inside(ids).float()
-    if block.weighted == "output":
-        factor = torch.where(block.inside(ids), weights.float(), 0.0)
-    return (slots.view(*ids.shape, slots.shape[1]).float() * factor.unsqueeze(-1)).sum(dim=1).to(x.dtype)
+    return block.combine(slots, ids, weights)

@@ -51,8 +51,7 @@ def moe(x: Tensor, ids: Tensor, weights: Tensor, block: Block) -> Tensor:
         return x.new_zeros(x.shape[0], block.down.qdata.shape[1])
     order, offs = routing_kernels.sort_slots(ids, block.experts)
     top, slot_ids = ids.shape[1], ids.reshape(-1)
-    # Rows that are multiplied by their weight, or rounded with the scale of their expert, are no longer x's rows.
-    apart = block.weighted == "input" or any(p.act.needs_experts for p in block.up)
+    apart = block.rows_apart
     if apart:
         x, top = x.repeat_interleave(top, dim=0), 1
     x = block.enter(x, weights.reshape(-1))
@@ -117,26 +116,8 @@ def _operand(entered: tuple[Tensor, Tensor | None], p: Projection) -> moe_kernel
 
 def _enter(x: Tensor, act: Activations, group: Tensor | None, groups: int) -> tuple[Tensor, Tensor | None]:
     """(operand in x's dtype, fp32 factor of the sum, [] or one per group); exact where activations are quantised."""
-    if act.mode == "none":
-        return x, None
-    scale = act.scale if act.mode == "static" else _dynamic_scale(x, group, groups)
-    assert scale is not None
-    per_group = group if scale.dim() else None
-    if act.dialect == "hardware":
-        return activation_kernels.fake_quantize_unscaled(x, scale, per_group), scale.float()
-    # The producers' own rules serve comparisons, and run as plain torch operations.
-    row_scale = scale if per_group is None else scale[per_group.clamp(0, groups - 1)].unsqueeze(-1)
-    packed, block_scale = nvfp4.quantize(x, row_scale, act.dialect)
-    return nvfp4.code_times_scale(packed, block_scale, x.dtype), scale.float()
-
-
-def _dynamic_scale(x: Tensor, group: Tensor | None, groups: int) -> Tensor:
-    """amax / 2688 in float64, of everything or of the rows of each group; 1 where that is zero."""
-    rows = x.abs().amax(dim=-1).double() if x.numel() else x.new_zeros(x.shape[:-1], dtype=torch.float64)
-    if group is None:
-        amax = rows.amax() if rows.numel() else rows.new_zeros(())
-    else:
-        # One more group takes the rows that belong to nobody.
-        index = torch.where((group >= 0) & (group < groups), group, groups).long().reshape(-1)
-        amax = rows.new_zeros(groups + 1).scatter_reduce(0, index, rows.reshape(-1), "amax")[:groups]
-    return torch.where(amax > 0, amax / nvfp4.TWO_LEVEL_MAX, 1.0)
+    if act.mode == "none" or act.dialect != "hardware":
+        # The producers' own rules serve comparisons, and run as plain torch operations.
+        return act.enter_rows(x, group, groups)
+    scale = act.scale_of_groups(x, group, groups)
+    return activation_kernels.fake_quantize_unscaled(x, scale, group if scale.dim() else None), scale.float()

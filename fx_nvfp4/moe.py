@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from . import block as plain
-from . import ops
+from . import ops, reference
 from .activation import parse
 from .block import Block, Projection
 from .block_grad import moe_backward as block_backward
@@ -43,11 +43,8 @@ def moe(x: Tensor, ids: Tensor, weights: Tensor, *operands: Any, **options: Any)
     """See the module docstring; ValueError names the operand that does not fit."""
     block = make_block(*operands, **options)
     check_block(x, ids, weights, block)
-    if not ops.uses_kernels(x):
-        return plain.moe(x, ids, weights, block)
-    from . import gpu  # at the first call, as it imports Triton
-
-    return gpu.moe(x, ids, weights, block)
+    body = ops.bodies(x)
+    return (plain if body is reference else body).moe(x, ids, weights, block)
 
 
 @torch.library.custom_op(

@@ -6,7 +6,8 @@ float64 scalar, or [E] one per expert) or "dynamic" (amax / 2688 of the rows one
 ``dialect`` names the quantising rule of :mod:`fx_nvfp4.dialects`. Results have x's dtype, rounded once from the
 fp32 sum.
 
-The plain bodies of :mod:`fx_nvfp4.reference` serve every device; on CUDA and ROCm, Triton kernels do.
+The plain bodies of :mod:`fx_nvfp4.reference` serve every device; on CUDA and ROCm Triton kernels do, and on a CPU
+:mod:`fx_nvfp4.cpu`, where there is a C++ compiler.
 """
 
 from __future__ import annotations
@@ -91,11 +92,16 @@ def uses_kernels(tensor: Tensor) -> bool:
 
 def bodies(tensor: Tensor) -> ModuleType:
     """The module that computes on tensor's device."""
-    if not uses_kernels(tensor):
-        return reference
-    from . import gpu  # at the first call, as it imports Triton
+    if uses_kernels(tensor):
+        from . import gpu  # at the first call, as it imports Triton
 
-    return gpu
+        return gpu
+    if tensor.device.type == "cpu":
+        from . import cpu  # at the first call, as it imports Inductor
+
+        if cpu.available():
+            return cpu
+    return reference
 
 
 @torch.library.custom_op("fx_nvfp4::linear", mutates_args=(), schema=f"({_WEIGHT}, {_ACT}) -> Tensor")

@@ -44,13 +44,35 @@ class Activations:
         """(fp32 operand, fp32 multiplier of the sum or None) for rows x [M, K]."""
         if self.mode == "none":
             return x.float(), None
-        scale = self._dynamic_scale(x) if self.mode == "dynamic" else self.scale
-        assert scale is not None
+        scale = self.scale_of_groups(x, None, 1)
         return code_times_scale(*quantize(x, scale, self.dialect)), scale.float()
 
-    @staticmethod
-    def _dynamic_scale(x: Tensor) -> Tensor:
-        amax = x.abs().amax().double() if x.numel() else x.new_zeros((), dtype=torch.float64)
+    def enter_rows(self, x: Tensor, group: Tensor | None, groups: int) -> tuple[Tensor, Tensor | None]:
+        """enter() for rows x [.., K] of several groups at once, the operand in x's dtype, exact where it is quantised.
+
+        group [..] is the expert of each row, one outside 0..groups-1 for rows of nobody; None: all rows are one's.
+        The multiplier is [], or [groups] where groups differ.
+        """
+        if self.mode == "none":
+            return x, None
+        scale = self.scale_of_groups(x, group, groups)
+        row_scale = scale
+        if scale.dim() and group is not None:
+            row_scale = scale[group.clamp(0, groups - 1)].unsqueeze(-1)
+        return code_times_scale(*quantize(x, row_scale, self.dialect), x.dtype), scale.float()
+
+    def scale_of_groups(self, x: Tensor, group: Tensor | None, groups: int) -> Tensor:
+        """The float64 scale, [] or [groups]; a dynamic one is that of everything, or of each group's rows."""
+        if self.mode == "static":
+            assert self.scale is not None
+            return self.scale
+        rows = x.abs().amax(dim=-1).double() if x.numel() else x.new_zeros(x.shape[:-1], dtype=torch.float64)
+        if group is None:
+            amax = rows.amax() if rows.numel() else rows.new_zeros(())
+        else:
+            # One more group takes the rows that belong to nobody.
+            index = torch.where((group >= 0) & (group < groups), group, groups).long().reshape(-1)
+            amax = rows.new_zeros(groups + 1).scatter_reduce(0, index, rows.reshape(-1), "amax")[:groups]
         return torch.where(amax > 0, amax / TWO_LEVEL_MAX, 1.0)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import logging
 import operator
@@ -172,6 +173,17 @@ def cache_folder() -> Path:
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     return Path(cache_dir())
+
+
+def build_cpp(source: str) -> ctypes.CDLL:
+    """C++ source built for this CPU as Inductor builds its own, with OpenMP, and loaded.
+
+    The library stays in Inductor's cache, and processes that want it at once build it once. The macro
+    CPU_CAPABILITY_AVX512 or CPU_CAPABILITY_AVX2 tells for which instruction set.
+    """
+    from torch._inductor.codecache import CppCodeCache
+
+    return CppCodeCache.load(source)
 
 
 @contextlib.contextmanager

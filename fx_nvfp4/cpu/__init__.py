@@ -1,0 +1,100 @@
+"""The ops on a CPU: activations quantised by plain PyTorch, products by a C++ library that reads packed weights.
+
+An expert's codes are read once, and decoded at most 32 rows at a time; those of an expert that no row chose are not
+touched. Arithmetic and rounding are those of :mod:`fx_nvfp4.reference` and :mod:`fx_nvfp4.block`; only the order of
+the fp32 sum differs. What the library does not compute, the plain bodies do.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..block import Block, Projection
+from ..reference import Activations, dequantize, fake_quantize, input_grad
+from .library import Product, description, library
+
+__all__ = [
+    *("available", "batched", "dequantize", "description", "fake_quantize", "grouped", "indexed", "input_grad"),
+    *("linear", "moe"),
+]
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def available() -> bool:
+    """Whether there is a library: else the plain bodies serve."""
+    return library() is not None
+
+
+def linear(x: Tensor, qdata: Tensor, block_scale: Tensor, global_scale: Tensor, act: Activations) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1])
+    operand, multiplier = act.enter_rows(rows, None, 1)
+    one = Projection(qdata.unsqueeze(0), block_scale.unsqueeze(0), global_scale.unsqueeze(0), None, act)
+    return _product(operand, multiplier, one, None).reshape(*x.shape[:-1], qdata.shape[0])
+
+
+def batched(x: Tensor, qdata: Tensor, block_scale: Tensor, global_scale: Tensor, act: Activations) -> Tensor:
+    ids = torch.arange(x.shape[0]).repeat_interleave(x.shape[1])
+    y = indexed(x.reshape(-1, x.shape[-1]), qdata, block_scale, global_scale, ids, act)
+    return y.view(*x.shape[:2], qdata.shape[1])
+
+
+def indexed(
+    x: Tensor, qdata: Tensor, block_scale: Tensor, global_scale: Tensor, ids: Tensor, act: Activations
+) -> Tensor:
+    return _routed(x, Projection(qdata, block_scale, global_scale, None, act), ids.long())
+
+
+def grouped(
+    x: Tensor, qdata: Tensor, block_scale: Tensor, global_scale: Tensor, offs: Tensor, act: Activations
+) -> Tensor:
+    ids = torch.bucketize(torch.arange(x.shape[0], dtype=offs.dtype), offs, right=True)
+    return indexed(x, qdata, block_scale, global_scale, ids, act)
+
+
+def moe(x: Tensor, ids: Tensor, weights: Tensor, block: Block) -> Tensor:
+    top, slot_ids = ids.shape[1], ids.reshape(-1).long()
+    if block.rows_apart:
+        x, top = x.repeat_interleave(top, dim=0), 1
+    rows = block.enter(x, weights.reshape(-1))
+    ups = [_routed(rows, p, slot_ids, top) for p in block.up]
+    h = block.activation.evaluate(*block.split(ups)).to(x.dtype)
+    return block.combine(_routed(h, block.down, slot_ids), ids, weights)
+
+
+def _routed(x: Tensor, p: Projection, ids: Tensor, top: int = 1) -> Tensor:
+    """Slot s, which takes row s / top of x [S / top, K], through expert ids[s] (int64 [S]), bias added -> [S, N]."""
+    # Rows that several experts share are all rounded alike.
+    operand, multiplier = p.act.enter_rows(x, ids if p.act.needs_experts else None, p.qdata.shape[0])
+    return _product(operand, multiplier, p, ids, top)
+
+
+def _product(x: Tensor, multiplier: Tensor | None, p: Projection, ids: Tensor | None, top: int = 1) -> Tensor:
+    """x [R, K] by the experts of slots, ids int64 [R * top], or all by expert 0 -> [R * top, N] in x's dtype."""
+    built = library()
+    assert built is not None
+    experts, n, k = p.qdata.shape[0], p.qdata.shape[1], x.shape[1]
+    x, codes, scales = _rows(x), _rows(p.qdata), _rows(p.block_scale)
+    ids = None if ids is None else ids.contiguous()
+    bias = None if p.bias is None else p.bias.float()
+    multiplier = None if multiplier is None else multiplier.expand(experts)
+    y = x.new_empty(x.shape[0] * top, n)
+    built.product(
+        Product(
+            *(_address(t) for t in (x, codes, scales, p.global_scale, multiplier, bias, ids, y)),
+            *(x.stride(0), *codes.stride()[:2], *scales.stride()[:2], *p.global_scale.stride()),
+            *(0 if multiplier is None else multiplier.stride(0), *((0, 0) if bias is None else bias.stride())),
+            *(y.shape[0], top, experts, n, k, _DTYPES[x.dtype], torch.get_num_threads()),
+        )
+    )
+    return y
+
+
+def _rows(t: Tensor) -> Tensor:
+    """t with adjacent elements in its last dim; others may be strided."""
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _address(t: Tensor | None) -> int | None:
+    return None if t is None else t.data_ptr()
