@@ -103,13 +103,6 @@ class Block:
         """Which slots have an expert."""
         return (ids >= 0) & (ids < self.experts)
 
-    def combine(self, slots: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        """The weighted sum [T, H], in their dtype, of slots [T * A, H], which hold zeros where they are nobody's."""
-        factor = self.inside(ids).float()
-        if self.weighted == "output":
-            factor = torch.where(self.inside(ids), weights.float(), 0.0)
-        return (slots.view(*ids.shape, slots.shape[1]).float() * factor.unsqueeze(-1)).sum(dim=1).to(slots.dtype)
-
 
 def moe(x: Tensor, ids: Tensor, weights: Tensor, block: Block) -> Tensor:
     """x [T, K], ids and weights [T, A] -> [T, H] in x's dtype."""
@@ -119,4 +112,7 @@ def moe(x: Tensor, ids: Tensor, weights: Tensor, block: Block) -> Tensor:
         ups = [p.add_bias(reference.matmul(rows, *p.of_expert(e)), e) for p in block.up]
         h = block.activation.evaluate(*block.split(ups)).to(x.dtype)
         slots[slot] = block.down.add_bias(reference.matmul(h, *block.down.of_expert(e)), e)
-    return block.combine(slots, ids, weights)
+    factor = block.inside(ids).float()
+    if block.weighted == "output":
+        factor = torch.where(block.inside(ids), weights.float(), 0.0)
+    return (slots.view(*ids.shape, slots.shape[1]).float() * factor.unsqueeze(-1)).sum(dim=1).to(x.dtype)

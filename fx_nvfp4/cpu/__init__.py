@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..block import Block, Projection
 from ..reference import Activations, dequantize, fake_quantize, input_grad
-from .library import Product, description, library
+from .library import Library, Product, Sum, description, library
 
 __all__ = [
     *("available", "batched", "dequantize", "description", "fake_quantize", "grouped", "indexed", "input_grad"),
@@ -20,6 +20,7 @@ __all__ = [
 ]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_CHUNK = 1 << 16  # elements of the activation that are computed at a time
 
 
 def available() -> bool:
@@ -58,9 +59,31 @@ def moe(x: Tensor, ids: Tensor, weights: Tensor, block: Block) -> Tensor:
     if block.rows_apart:
         x, top = x.repeat_interleave(top, dim=0), 1
     rows = block.enter(x, weights.reshape(-1))
-    ups = [_routed(rows, p, slot_ids, top) for p in block.up]
-    h = block.activation.evaluate(*block.split(ups)).to(x.dtype)
-    return block.combine(_routed(h, block.down, slot_ids), ids, weights)
+    h = _activated([_routed(rows, p, slot_ids, top) for p in block.up], block)
+    return _combined(_routed(h, block.down, slot_ids), slot_ids, weights, block)
+
+
+def _activated(ups: list[Tensor], block: Block) -> Tensor:
+    """The activation of up products [S, N] in their dtype, in chunks: large fp32 tensors cost more than they hold."""
+    h = ups[0].new_empty(ups[0].shape[0], block.down.qdata.shape[2] * 2)
+    size = max(1, _CHUNK // max(1, h.shape[1]))
+    for i in range(0, h.shape[0], size):
+        h[i : i + size] = block.activation.evaluate(*block.split([up[i : i + size] for up in ups]))
+    return h
+
+
+def _combined(slots: Tensor, ids: Tensor, weights: Tensor, block: Block) -> Tensor:
+    """Slots [T * A, H] of experts ids [T * A] summed with weights [T, A], or with ones, to [T, H]."""
+    tokens, top = weights.shape
+    factor = weights.float().contiguous() if block.weighted == "output" else None
+    out = slots.new_empty(tokens, slots.shape[1])
+    _built().combine(
+        Sum(
+            *(_address(t) for t in (slots, ids.contiguous(), factor, out)),
+            *(tokens, top, block.experts, slots.shape[1], _DTYPES[slots.dtype], torch.get_num_threads()),
+        )
+    )
+    return out
 
 
 def _routed(x: Tensor, p: Projection, ids: Tensor, top: int = 1) -> Tensor:
@@ -72,15 +95,13 @@ def _routed(x: Tensor, p: Projection, ids: Tensor, top: int = 1) -> Tensor:
 
 def _product(x: Tensor, multiplier: Tensor | None, p: Projection, ids: Tensor | None, top: int = 1) -> Tensor:
     """x [R, K] by the experts of slots, ids int64 [R * top], or all by expert 0 -> [R * top, N] in x's dtype."""
-    built = library()
-    assert built is not None
     experts, n, k = p.qdata.shape[0], p.qdata.shape[1], x.shape[1]
     x, codes, scales = _rows(x), _rows(p.qdata), _rows(p.block_scale)
     ids = None if ids is None else ids.contiguous()
     bias = None if p.bias is None else p.bias.float()
     multiplier = None if multiplier is None else multiplier.expand(experts)
     y = x.new_empty(x.shape[0] * top, n)
-    built.product(
+    _built().product(
         Product(
             *(_address(t) for t in (x, codes, scales, p.global_scale, multiplier, bias, ids, y)),
             *(x.stride(0), *codes.stride()[:2], *scales.stride()[:2], *p.global_scale.stride()),
@@ -89,6 +110,12 @@ def _product(x: Tensor, multiplier: Tensor | None, p: Projection, ids: Tensor | 
         )
     )
     return y
+
+
+def _built() -> Library:
+    built = library()
+    assert built is not None
+    return built
 
 
 def _rows(t: Tensor) -> Tensor:

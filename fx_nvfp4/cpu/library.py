@@ -10,6 +10,7 @@ import functools
 import os
 import threading
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,27 @@ from ..report import NVFP4Warning
 
 VARIABLE = "FX_NVFP4_CPU"
 _SOURCE = Path(__file__).with_name("product.cpp")
-_POINTERS = ("x", "codes", "scales", "row_scale", "expert_scale", "bias", "ids", "y")
-_NUMBERS = (
-    *("x_row", "codes_expert", "codes_row", "scales_expert", "scales_row", "row_scale_expert", "row_scale_row"),
-    *("expert_scale_expert", "bias_expert", "bias_row", "slots", "top", "experts", "n", "k", "dtype", "threads"),
-)
+_Fields = Sequence[tuple[str, Any]]
+
+
+def _fields(pointers: str, numbers: str) -> _Fields:
+    return [(n, ctypes.c_void_p) for n in pointers.split()] + [(n, ctypes.c_int64) for n in numbers.split()]
 
 
 class Product(ctypes.Structure):
     """The arguments of one product; see product.cpp for each."""
 
-    _fields_ = (*((name, ctypes.c_void_p) for name in _POINTERS), *((name, ctypes.c_int64) for name in _NUMBERS))
+    _fields_ = _fields(
+        "x codes scales row_scale expert_scale bias ids y",
+        "x_row codes_expert codes_row scales_expert scales_row row_scale_expert row_scale_row"
+        " expert_scale_expert bias_expert bias_row slots top experts n k dtype threads",
+    )
+
+
+class Sum(ctypes.Structure):
+    """The arguments of one weighted sum; see product.cpp for each."""
+
+    _fields_ = _fields("y ids weights out", "tokens top experts n dtype threads")
 
 
 @dataclass(frozen=True)
@@ -36,11 +47,14 @@ class Library:
     """isa: the instruction set that it was built for, in words."""
 
     isa: str
-    _product: Any
+    _loaded: ctypes.CDLL
 
     def product(self, arguments: Product) -> None:
-        if self._product(ctypes.byref(arguments)):
+        if self._loaded.fx_nvfp4_product(ctypes.byref(arguments)):
             raise MemoryError(f"fx_nvfp4: no memory to lay out {arguments.slots // arguments.top} rows of activations")
+
+    def combine(self, arguments: Sum) -> None:
+        self._loaded.fx_nvfp4_combine(ctypes.byref(arguments))
 
 
 def library() -> Library | None:
@@ -87,7 +101,7 @@ def _build() -> Library | str:
         )
         return reason
     loaded.fx_nvfp4_isa.restype = ctypes.c_char_p
-    return Library(loaded.fx_nvfp4_isa().decode(), loaded.fx_nvfp4_product)
+    return Library(loaded.fx_nvfp4_isa().decode(), loaded)
 
 
 _lock = threading.Lock()

@@ -6,7 +6,8 @@
 // expert's activations) multiply the sum once. A row's sum has the same order whatever other rows there are.
 //
 // A step is 2 * W elements of K: W bytes of codes, whose low nibbles hold the even elements and whose high nibbles the
-// odd ones. Activations are laid out in that order once, so that decoded codes need no interleaving.
+// odd ones. In fp32, activations are laid out once in that order, so that decoded codes need no interleaving; pairs of
+// bf16 have both elements of a byte in one lane, and take activations as they are.
 
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
@@ -17,6 +18,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <type_traits>
 #include <vector>
 
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
@@ -27,8 +29,10 @@ namespace {
 
 constexpr int64_t kBlock = 16;      // elements of one block scale
 constexpr int64_t kTaskRows = 32;   // rows of a weight that one thread decodes at a time
-constexpr int kRows = 4;            // rows of a weight in one tile
+constexpr int kRows = 4;            // rows of a weight in one tile, as totals() sums them up
 constexpr int kFewTokens = 3;       // so few decode into registers
+constexpr int64_t kSerial = 1 << 15;  // elements that are not worth a second thread
+constexpr int64_t kSumColumns = 512;
 
 const float kE2M1[16] = {0.f, .5f, 1.f, 1.5f, 2.f, 3.f, 4.f, 6.f, -0.f, -.5f, -1.f, -1.5f, -2.f, -3.f, -4.f, -6.f};
 
@@ -56,7 +60,14 @@ inline V zero() { return _mm512_setzero_ps(); }
 inline V load(const float* p) { return _mm512_loadu_ps(p); }
 inline void store(float* p, V v) { _mm512_storeu_ps(p, v); }
 inline V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
-inline float total(V v) { return _mm512_reduce_add_ps(v); }
+inline void totals(const V (&v)[4], float* out) {
+  const V a = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
+  const V b = _mm512_add_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
+  // Each quarter of c holds a part of all four sums.
+  const V c = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xEE));
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(c), _mm512_extractf32x8_ps(c, 1));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
 
 inline void decode(const uint8_t* codes, const uint8_t* scales, V& even, V& odd) {
   const V first = _mm512_set1_ps(kE4M3.value[scales[0]]), second = _mm512_set1_ps(kE4M3.value[scales[1]]);
@@ -78,10 +89,9 @@ inline V zero() { return _mm256_setzero_ps(); }
 inline V load(const float* p) { return _mm256_loadu_ps(p); }
 inline void store(float* p, V v) { _mm256_storeu_ps(p, v); }
 inline V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
-inline float total(V v) {
-  __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-  return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+inline void totals(const V (&v)[4], float* out) {
+  const V c = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(c), _mm256_extractf128_ps(c, 1)));
 }
 
 inline V value(__m256i codes, V scale) {
@@ -118,10 +128,11 @@ inline V fma(const V& a, const V& b, V c) {
   for (int i = 0; i < W; ++i) c.lane[i] += a.lane[i] * b.lane[i];
   return c;
 }
-inline float total(const V& v) {
-  float sum = 0;
-  for (float lane : v.lane) sum += lane;
-  return sum;
+inline void totals(const V (&v)[4], float* out) {
+  for (int r = 0; r < 4; ++r) {
+    out[r] = 0;
+    for (float lane : v[r].lane) out[r] += lane;
+  }
 }
 
 inline void decode(const uint8_t* codes, const uint8_t* scales, V& even, V& odd) {
@@ -138,19 +149,74 @@ constexpr int64_t kStep = 2 * W;
 constexpr int64_t kStepScales = kStep / kBlock;
 static_assert(kStep % kBlock == 0, "a step holds whole blocks");
 
+// How activations and decoded codes meet: kVectors vectors a step, of 32-bit lanes, whatever these hold.
+struct Fp32 {
+  static constexpr int kVectors = 2;
+
+  static void decoded(const uint8_t* codes, const uint8_t* scales, V (&w)[kVectors]) {
+    decode(codes, scales, w[0], w[1]);
+  }
+
+  static V add_product(V w, V x, V sum) { return fma(w, x, sum); }
+
+  // One step of a row, elements past count as zeros.
+  template <class T>
+  static void arranged(const T* from, int64_t count, float* to) {
+    for (int64_t i = 0; i < W; ++i) {
+      to[i] = 2 * i < count ? static_cast<float>(from[2 * i]) : 0.f;
+      to[W + i] = 2 * i + 1 < count ? static_cast<float>(from[2 * i + 1]) : 0.f;
+    }
+  }
+};
+
+#if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
+
+// Products of pairs are exact, and added one after the other in fp32; only activations below 2^-126 count as zero.
+struct Bf16Pairs {
+  static constexpr int kVectors = 1;
+
+  static void decoded(const uint8_t* codes, const uint8_t* scales, V (&w)[kVectors]) {
+    V even, odd;
+    decode(codes, scales, even, odd);
+    // The upper halves, which hold all that is not zero.
+    const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(even), 16);
+    w[0] = _mm512_castsi512_ps(_mm512_mask_blend_epi16(0xAAAAAAAA, low, _mm512_castps_si512(odd)));
+  }
+
+  static V add_product(V w, V x, V sum) {
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(w), reinterpret_cast<__m512bh>(x));
+  }
+
+  static void arranged(const c10::BFloat16* from, int64_t count, float* to) {
+    std::memcpy(to, from, count * sizeof(*from));
+    std::memset(reinterpret_cast<char*>(to) + count * sizeof(*from), 0, W * sizeof(*to) - count * sizeof(*from));
+  }
+};
+
+template <class T>
+using Arithmetic = std::conditional_t<std::is_same_v<T, c10::BFloat16>, Bf16Pairs, Fp32>;
+
+#else
+
+template <class T>
+using Arithmetic = Fp32;
+
+#endif
+
 // One row of a packed weight, [K].
 struct PackedRow {
   const uint8_t* codes;
   const uint8_t* scales;
 
-  void at(int64_t step, V& even, V& odd) const { decode(codes + step * W, scales + step * kStepScales, even, odd); }
-
-  // The step that reaches past K: what lies beyond it counts as zero.
-  void last(int64_t step, int64_t k, V& even, V& odd) const {
+  // A step; what lies beyond K counts as zero.
+  template <class A>
+  void at(int64_t step, int64_t k, V (&w)[A::kVectors]) const {
+    const uint8_t *c = codes + step * W, *s = scales + step * kStepScales;
+    if ((step + 1) * kStep <= k) return A::decoded(c, s, w);
     uint8_t padded[W] = {}, padded_scales[kStepScales] = {};
-    std::memcpy(padded, codes + step * W, (k - step * kStep) / 2);
-    std::memcpy(padded_scales, scales + step * kStepScales, (k - step * kStep) / kBlock);
-    decode(padded, padded_scales, even, odd);
+    std::memcpy(padded, c, (k - step * kStep) / 2);
+    std::memcpy(padded_scales, s, (k - step * kStep) / kBlock);
+    A::decoded(padded, padded_scales, w);
   }
 };
 
@@ -171,6 +237,15 @@ struct Product {
   int64_t slots, top, experts, n, k;  // x has slots / top rows
   int64_t dtype;  // 0 float32, 1 bfloat16, 2 float16
   int64_t threads;
+};
+
+// out[t] = sum over a of weights[t, a] * y[t * top + a] in fp32, without slots of nobody; all contiguous.
+struct Sum {
+  const void* y;  // [tokens * top, N] of dtype
+  const int64_t* ids;  // [tokens, top]
+  const float* weights;  // [tokens, top], or null for ones
+  void* out;  // [tokens, N] of dtype
+  int64_t tokens, top, experts, n, dtype, threads;
 };
 
 namespace {
@@ -220,34 +295,28 @@ void parallel(int64_t count, int64_t threads, const Body& body) {
   }
 }
 
-// x in fp32, each step's even elements before its odd ones, padded with zeros to whole steps.
-template <class T>
-Floats arrange(const Product& p, int64_t padded) {
+// The rows of x as A takes them, padded with zeros to whole steps.
+template <class T, class A>
+Floats arrange(const Product& p, int64_t steps) {
   const int64_t rows = p.slots / p.top;
-  Floats out = allocate(rows * padded);
+  Floats out = allocate(rows * steps * W * A::kVectors);
   float* const base = out.get();
-  parallel(rows, rows * p.k < 1 << 15 ? 1 : p.threads, [&p, base, padded](int64_t row) {
+  parallel(rows, rows * p.k < kSerial ? 1 : p.threads, [&p, base, steps](int64_t row) {
     const T* const from = static_cast<const T*>(p.x) + row * p.x_row;
-    float* to = base + row * padded;
-    const int64_t whole = p.k / kStep * kStep;
-    for (int64_t k = 0; k < whole; k += kStep, to += kStep)
-      for (int i = 0; i < W; ++i) {
-        to[i] = static_cast<float>(from[k + 2 * i]);
-        to[W + i] = static_cast<float>(from[k + 2 * i + 1]);
-      }
-    for (int64_t i = 0; whole + i < padded; ++i)
-      to[i % 2 * W + i / 2] = whole + i < p.k ? static_cast<float>(from[whole + i]) : 0.f;
+    float* const to = base + row * steps * W * A::kVectors;
+    for (int64_t step = 0; step < steps; ++step)
+      A::arranged(from + step * kStep, std::min(kStep, p.k - step * kStep), to + step * W * A::kVectors);
   });
   return out;
 }
 
 // The part of the product that belongs to one expert and at most kTaskRows rows of its weight.
-template <class T>
+template <class T, class A>
 class Task {
  public:
-  Task(const Product& p, const Routing& routing, const float* x, int64_t padded)
-      : p_(p), routing_(routing), x_(x), padded_(padded) {}
-  Task(const Task& other) : Task(other.p_, other.routing_, other.x_, other.padded_) {}
+  Task(const Product& p, const Routing& routing, const float* x, int64_t steps)
+      : p_(p), routing_(routing), x_(x), steps_(steps), length_(steps * W * A::kVectors) {}
+  Task(const Task& other) : Task(other.p_, other.routing_, other.x_, other.steps_) {}
 
   void operator()(int64_t index) {
     const int64_t parts = (p_.n + kTaskRows - 1) / kTaskRows, hit = index / parts;
@@ -256,12 +325,12 @@ class Task {
     expert_ = routing_.experts[hit];
     const int64_t* const slots = &routing_.slots[routing_.begin[hit]];
     const int64_t count = routing_.begin[hit + 1] - routing_.begin[hit];
-    if (count <= kFewTokens) return tokens<true>(slots, count);
+    if (count <= kFewTokens) return tile<true>(slots, count);
     decode_rows();
     // Tiles of nearly equal height.
     const int64_t tiles = (count + kTokens - 1) / kTokens;
     for (int64_t i = 0; i < tiles; ++i)
-      tokens<false>(slots + i * count / tiles, (i + 1) * count / tiles - i * count / tiles);
+      tile<false>(slots + i * count / tiles, (i + 1) * count / tiles - i * count / tiles);
   }
 
  private:
@@ -271,34 +340,35 @@ class Task {
   }
 
   void decode_rows() {
-    if (!decoded_) decoded_ = allocate(kTaskRows * padded_);
+    if (!decoded_) decoded_ = allocate(kTaskRows * length_);
     float* to = decoded_.get();
     for (int64_t row = first_row_; row < end_row_; ++row) {
       const PackedRow from = packed(row);
-      V even, odd;
-      for (int64_t step = 0; step < padded_ / kStep; ++step, to += kStep) {
-        if (step < p_.k / kStep) from.at(step, even, odd);
-        else from.last(step, p_.k, even, odd);
-        store(to, even);
-        store(to + W, odd);
+      V w[A::kVectors];
+      for (int64_t step = 0; step < steps_; ++step) {
+        from.at<A>(step, p_.k, w);
+        for (V v : w) {
+          store(to, v);
+          to += W;
+        }
       }
     }
   }
 
+  // M = count slots by all rows of the task, which are decoded on the way, or were before.
   template <bool kPacked, int M = kPacked ? kFewTokens : kTokens>
-  void tokens(const int64_t* slots, int64_t count) {
+  void tile(const int64_t* slots, int64_t count) {
     if constexpr (M > 1)
-      if (count < M) return tokens<kPacked, M - 1>(slots, count);
+      if (count < M) return tile<kPacked, M - 1>(slots, count);
     const float* x[M];
-    for (int m = 0; m < M; ++m) x[m] = x_ + slots[m] / p_.top * padded_;
+    for (int m = 0; m < M; ++m) x[m] = x_ + slots[m] / p_.top * length_;
     for (int64_t row = first_row_; row < end_row_; row += kRows) {
-      V sum[kRows][M];
-      for (auto& of_row : sum)
-        for (V& v : of_row) v = zero();
-      if constexpr (kPacked) from_packed<M>(row, x, sum);
-      else from_decoded<M>(row, x, sum);
-      for (int64_t r = 0; r < std::min<int64_t>(kRows, end_row_ - row); ++r)
-        for (int m = 0; m < M; ++m) static_cast<T*>(p_.y)[slots[m] * p_.n + row + r] = finished(sum[r][m], row + r);
+      V sums[M][kRows];
+      for (auto& of_slot : sums)
+        for (V& v : of_slot) v = zero();
+      if constexpr (kPacked) add_packed<M>(row, x, sums);
+      else add_decoded<M>(row, x, sums);
+      for (int m = 0; m < M; ++m) finish(slots[m], row, sums[m]);
     }
   }
 
@@ -306,69 +376,90 @@ class Task {
   int64_t clamped(int64_t row) const { return std::min(row, end_row_ - 1); }
 
   template <int M>
-  void from_packed(int64_t row, const float* const (&x)[M], V (&sum)[kRows][M]) const {
-    PackedRow w[kRows];
-    for (int r = 0; r < kRows; ++r) w[r] = packed(clamped(row + r));
-    const int64_t whole = p_.k / kStep;
-    V even, odd;
-    for (int64_t step = 0; step < whole; ++step)
+  void add_packed(int64_t row, const float* const (&x)[M], V (&sums)[M][kRows]) const {
+    PackedRow rows[kRows];
+    for (int r = 0; r < kRows; ++r) rows[r] = packed(clamped(row + r));
+    for (int64_t step = 0; step < steps_; ++step)
       for (int r = 0; r < kRows; ++r) {
-        w[r].at(step, even, odd);
-        add_step<M>(even, odd, x, step, sum[r]);
-      }
-    if (whole * kStep < p_.k)
-      for (int r = 0; r < kRows; ++r) {
-        w[r].last(whole, p_.k, even, odd);
-        add_step<M>(even, odd, x, whole, sum[r]);
+        V w[A::kVectors];
+        rows[r].at<A>(step, p_.k, w);
+        for (int v = 0; v < A::kVectors; ++v)
+          for (int m = 0; m < M; ++m)
+            sums[m][r] = A::add_product(w[v], load(x[m] + (step * A::kVectors + v) * W), sums[m][r]);
       }
   }
 
   template <int M>
-  static void add_step(V even, V odd, const float* const (&x)[M], int64_t step, V (&sum)[M]) {
-    for (int m = 0; m < M; ++m) {
-      sum[m] = fma(even, load(x[m] + step * kStep), sum[m]);
-      sum[m] = fma(odd, load(x[m] + step * kStep + W), sum[m]);
-    }
-  }
-
-  template <int M>
-  void from_decoded(int64_t row, const float* const (&x)[M], V (&sum)[kRows][M]) const {
+  void add_decoded(int64_t row, const float* const (&x)[M], V (&sums)[M][kRows]) const {
     const float* w[kRows];
-    for (int r = 0; r < kRows; ++r) w[r] = decoded_.get() + (clamped(row + r) - first_row_) * padded_;
-    for (int64_t k = 0; k < padded_; k += W) {
-      V v[M];
-      for (int m = 0; m < M; ++m) v[m] = load(x[m] + k);
+    for (int r = 0; r < kRows; ++r) w[r] = decoded_.get() + (clamped(row + r) - first_row_) * length_;
+    for (int64_t i = 0; i < length_; i += W) {
+      V of_slot[M];
+      for (int m = 0; m < M; ++m) of_slot[m] = load(x[m] + i);
       for (int r = 0; r < kRows; ++r) {
-        const V of_row = load(w[r] + k);
-        for (int m = 0; m < M; ++m) sum[r][m] = fma(of_row, v[m], sum[r][m]);
+        const V of_row = load(w[r] + i);
+        for (int m = 0; m < M; ++m) sums[m][r] = A::add_product(of_row, of_slot[m], sums[m][r]);
       }
     }
   }
 
-  T finished(V sum, int64_t row) const {
-    float factor = p_.row_scale[expert_ * p_.row_scale_expert + row * p_.row_scale_row];
-    if (p_.expert_scale) factor *= p_.expert_scale[expert_ * p_.expert_scale_expert];
-    const T y = static_cast<T>(total(sum) * factor);
-    if (!p_.bias) return y;
-    return static_cast<T>(static_cast<float>(y) + p_.bias[expert_ * p_.bias_expert + row * p_.bias_row]);
+  void finish(int64_t slot, int64_t first, const V (&sums)[kRows]) const {
+    float sum[kRows];
+    totals(sums, sum);
+    const float of_expert = p_.expert_scale ? p_.expert_scale[expert_ * p_.expert_scale_expert] : 1.f;
+    T* const y = static_cast<T*>(p_.y) + slot * p_.n;
+    for (int64_t row = first; row < std::min(first + kRows, end_row_); ++row) {
+      const float of_row = p_.row_scale[expert_ * p_.row_scale_expert + row * p_.row_scale_row];
+      y[row] = static_cast<T>(sum[row - first] * (of_row * of_expert));
+      if (p_.bias)
+        y[row] = static_cast<T>(static_cast<float>(y[row]) + p_.bias[expert_ * p_.bias_expert + row * p_.bias_row]);
+    }
   }
 
   const Product& p_;
   const Routing& routing_;
   const float* x_;
-  int64_t padded_, expert_ = 0, first_row_ = 0, end_row_ = 0;
+  int64_t steps_, length_;  // of a row: steps, and 32-bit lanes as A arranges them
+  int64_t expert_ = 0, first_row_ = 0, end_row_ = 0;
   Floats decoded_;
 };
 
 template <class T>
 void product(const Product& p) {
+  using A = Arithmetic<T>;
   const Routing routing(p);
   if (static_cast<int64_t>(routing.slots.size()) < p.slots)
     for (int64_t s = 0; s < p.slots; ++s)
       if (!Routing::inside(p, s)) std::fill_n(static_cast<T*>(p.y) + s * p.n, p.n, T(0.f));
-  const int64_t padded = (p.k + kStep - 1) / kStep * kStep, parts = (p.n + kTaskRows - 1) / kTaskRows;
-  const Floats x = arrange<T>(p, padded);
-  parallel(static_cast<int64_t>(routing.experts.size()) * parts, p.threads, Task<T>(p, routing, x.get(), padded));
+  const int64_t steps = (p.k + kStep - 1) / kStep, parts = (p.n + kTaskRows - 1) / kTaskRows;
+  const Floats x = arrange<T, A>(p, steps);
+  parallel(static_cast<int64_t>(routing.experts.size()) * parts, p.threads, Task<T, A>(p, routing, x.get(), steps));
+}
+
+template <class T>
+void combine(const Sum& s) {
+  parallel(s.tokens, s.tokens * s.top * s.n < kSerial ? 1 : s.threads, [&s](int64_t t) {
+    float sum[kSumColumns];
+    for (int64_t first = 0; first < s.n; first += kSumColumns) {
+      const int64_t count = std::min(kSumColumns, s.n - first);
+      std::fill_n(sum, count, 0.f);
+      for (int64_t slot = t * s.top; slot < (t + 1) * s.top; ++slot) {
+        if (s.ids[slot] < 0 || s.ids[slot] >= s.experts) continue;
+        const float weight = s.weights ? s.weights[slot] : 1.f;
+        const T* const y = static_cast<const T*>(s.y) + slot * s.n + first;
+        for (int64_t i = 0; i < count; ++i) sum[i] += static_cast<float>(y[i]) * weight;
+      }
+      for (int64_t i = 0; i < count; ++i) static_cast<T*>(s.out)[t * s.n + first + i] = static_cast<T>(sum[i]);
+    }
+  });
+}
+
+// Calls call(T{}) for the dtype of that number.
+template <class Call>
+void with_dtype(int64_t dtype, const Call& call) {
+  if (dtype == 0) call(float{});
+  else if (dtype == 1) call(c10::BFloat16{});
+  else call(c10::Half{});
 }
 
 }  // namespace
@@ -378,11 +469,13 @@ extern "C" const char* fx_nvfp4_isa() { return kIsa; }
 // 0, or 1 where memory does not suffice.
 extern "C" int fx_nvfp4_product(const Product* p) {
   try {
-    if (p->dtype == 0) product<float>(*p);
-    else if (p->dtype == 1) product<c10::BFloat16>(*p);
-    else product<c10::Half>(*p);
+    with_dtype(p->dtype, [p](auto t) { product<decltype(t)>(*p); });
     return 0;
   } catch (const std::bad_alloc&) {
     return 1;
   }
+}
+
+extern "C" void fx_nvfp4_combine(const Sum* s) {
+  with_dtype(s->dtype, [s](auto t) { combine<decltype(t)>(*s); });
 }
