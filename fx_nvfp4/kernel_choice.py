@@ -7,10 +7,12 @@ from collections.abc import Mapping
 
 import torch
 
+from . import cpu
 from .kernels.config import INDEXED, gemm_config, gradient_config
 from .report import Match
 
 _TILED = ("linear", "batched", "grouped", "moe")
+_PRODUCTS = (*_TILED, "indexed")
 
 
 def with_choice(match: Match) -> Match:
@@ -21,6 +23,8 @@ def with_choice(match: Match) -> Match:
 
 
 def _choice(match: Match) -> str:
+    if match.device == "cpu" and match.op in _PRODUCTS:
+        return cpu.description()
     if match.device != "cuda":
         return f"plain PyTorch on {match.device}" if match.device else ""
     dtype = getattr(torch, match.dtype)

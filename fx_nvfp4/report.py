@@ -17,7 +17,7 @@ ROOT = "(model)"  # how a site outside of any submodule is called
 
 
 class NVFP4Warning(UserWarning):
-    """A packed weight is not emulated as NVFP4, or something that belongs to the format is left out."""
+    """A packed weight is not emulated as NVFP4, or far slower than it could be, or a part of the format is left out."""
 
 
 class NotEmulatedError(RuntimeError):

@@ -1,4 +1,4 @@
-"""The moe op: its plain body and its kernels (on a GPU, or in Triton's interpreter) against a loop over slots.
+"""The moe op: plain body, C++ body and kernels (on a GPU, or in Triton's interpreter) against a loop over slots.
 
 Operands are drawn so that sums are exact in any order, so a rounding point in the wrong place shows. Edges: no token,
 one token, one slot, one expert, an expert twice in a row of ids, ids out of range, experts without slots, strided
@@ -30,10 +30,11 @@ CASES = list(
 op = torch.ops.fx_nvfp4.moe
 
 
-@pytest.fixture(params=["plain", "kernels"])
+@pytest.fixture(params=["plain", "c++", "kernels"])
 def body(request, device, monkeypatch):
     """The device to run on; without a GPU, kernels are interpreted on the CPU."""
-    if request.param == "plain":
+    if request.param != "kernels":
+        monkeypatch.setenv("FX_NVFP4_CPU", request.param)
         return "cpu"
     if device == "cpu":
         monkeypatch.setattr(ops, "uses_kernels", lambda tensor: True)

@@ -200,7 +200,9 @@ def test_explaining_measures_every_stage():
         ("grouped", "cuda", 500, "Triton grouped: BLOCK_M=64 BLOCK_N=64 BLOCK_K=128"),
         ("indexed", "cuda", 4, "Triton indexed: "),
         ("moe", "cuda", 4, "Triton moe: BLOCK_M=16"),
-        ("grouped", "cpu", 4, "plain PyTorch on cpu"),
+        ("grouped", "cpu", 4, "C++ for "),
+        ("moe", "cpu", 4, "C++ for "),
+        ("input_grad", "cpu", 4, "plain PyTorch on cpu"),
     ],
 )
 def test_a_site_names_its_kernel_and_that_nothing_was_tuned(op, device, rows, text):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..block import Block, Projection
 from ..reference import Activations, dequantize, fake_quantize, input_grad
-from .library import Library, Product, Sum, description, library
+from .library import Library, Product, Sum, description, load
 
 __all__ = [
     *("available", "batched", "dequantize", "description", "fake_quantize", "grouped", "indexed", "input_grad"),
@@ -25,7 +25,7 @@ _CHUNK = 1 << 16  # elements of the activation that are computed at a time
 
 def available() -> bool:
     """Whether there is a library: else the plain bodies serve."""
-    return library() is not None
+    return load() is not None
 
 
 def linear(x: Tensor, qdata: Tensor, block_scale: Tensor, global_scale: Tensor, act: Activations) -> Tensor:
@@ -55,6 +55,8 @@ def grouped(
 
 
 def moe(x: Tensor, ids: Tensor, weights: Tensor, block: Block) -> Tensor:
+    if ids.numel() == 0:
+        return x.new_zeros(x.shape[0], block.down.qdata.shape[1])
     top, slot_ids = ids.shape[1], ids.reshape(-1).long()
     if block.rows_apart:
         x, top = x.repeat_interleave(top, dim=0), 1
@@ -77,7 +79,7 @@ def _combined(slots: Tensor, ids: Tensor, weights: Tensor, block: Block) -> Tens
     tokens, top = weights.shape
     factor = weights.float().contiguous() if block.weighted == "output" else None
     out = slots.new_empty(tokens, slots.shape[1])
-    _built().combine(
+    _library().combine(
         Sum(
             *(_address(t) for t in (slots, ids.contiguous(), factor, out)),
             *(tokens, top, block.experts, slots.shape[1], _DTYPES[slots.dtype], torch.get_num_threads()),
@@ -101,7 +103,7 @@ def _product(x: Tensor, multiplier: Tensor | None, p: Projection, ids: Tensor | 
     bias = None if p.bias is None else p.bias.float()
     multiplier = None if multiplier is None else multiplier.expand(experts)
     y = x.new_empty(x.shape[0] * top, n)
-    _built().product(
+    _library().product(
         Product(
             *(_address(t) for t in (x, codes, scales, p.global_scale, multiplier, bias, ids, y)),
             *(x.stride(0), *codes.stride()[:2], *scales.stride()[:2], *p.global_scale.stride()),
@@ -112,8 +114,8 @@ def _product(x: Tensor, multiplier: Tensor | None, p: Projection, ids: Tensor | 
     return y
 
 
-def _built() -> Library:
-    built = library()
+def _library() -> Library:
+    built = load()
     assert built is not None
     return built
 
@@ -124,4 +126,6 @@ def _rows(t: Tensor) -> Tensor:
 
 
 def _address(t: Tensor | None) -> int | None:
+    if t is not None and t.device.type != "cpu":
+        raise ValueError(f"fx_nvfp4: x is on the CPU and another operand, {t.dtype} {list(t.shape)}, on {t.device}")
     return None if t is None else t.data_ptr()

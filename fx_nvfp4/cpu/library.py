@@ -57,7 +57,7 @@ class Library:
         self._loaded.fx_nvfp4_combine(ctypes.byref(arguments))
 
 
-def library() -> Library | None:
+def load() -> Library | None:
     """The library, or None where the plain bodies are to run."""
     found = None if _plain_wanted() else _built()
     return found if isinstance(found, Library) else None
