@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import fx_nvfp4
 from fx_nvfp4 import NVFP4Weight, cpu
 from fx_nvfp4 import format as nvfp4
 from fx_nvfp4.cpu.library import VARIABLE

@@ -55,6 +55,12 @@ def dequantise_first(x, qdata, block_scale, global_scale, act):
     return x @ nvfp4.dequantize(qdata, bodies.as_e4m3(block_scale), global_scale.unsqueeze(-1), x.dtype).T
 
 
+@pytest.fixture
+def producers_arithmetic(monkeypatch):
+    monkeypatch.setenv("FX_NVFP4_CPU", "plain")
+    monkeypatch.setattr(bodies, "matmul", dequantise_first)
+
+
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_logits_are_the_producers(name):
     """Guards the sense of global scales (divisor or multiplier), gate/up order, interleaving, transposition."""
@@ -73,9 +79,8 @@ def test_hardware_dialect_agrees_by_mean(name):
 
 
 @pytest.mark.skipif(BOUNDARY not in CHECKPOINTS, reason="needs the fixture checkpoints")
-def test_only_the_order_of_multiplications_differs_at_a_boundary(monkeypatch):
+def test_only_the_order_of_multiplications_differs_at_a_boundary(producers_arithmetic):
     """The one activation that BOUNDARY names is no error of loading: the producer's arithmetic meets its logits."""
-    monkeypatch.setattr(bodies, "matmul", dequantise_first)
     input_ids, expected, _ = target(BOUNDARY)
     assert (logits(float32(BOUNDARY), input_ids) - expected).abs().max() < TIGHT
 
@@ -113,9 +118,8 @@ BF16_BLOCKS = {
 
 
 @pytest.mark.parametrize("name", [n for n in BF16_BLOCKS if n in CHECKPOINTS])
-def test_producer_dialect_is_the_producers_rule_in_bf16(name, monkeypatch):
+def test_producer_dialect_is_the_producers_rule_in_bf16(name, producers_arithmetic):
     """In bf16 the rules differ: with a wrong one some activation takes another code and errors exceed 1."""
-    monkeypatch.setattr(bodies, "matmul", dequantise_first)
     _, _, ref = target(name)
     model = load(CHECKPOINTS[name], dialect="producer", progress=False)
     if "top_k_index" in "".join(ref):

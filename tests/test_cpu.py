@@ -1,6 +1,6 @@
 """The C++ body of the ops on a CPU against the plain body, and what happens where it cannot be built.
 
-Edges: odd N, K = 16 and K that fills no whole step, experts without rows, one expert with all rows, ids out of range, no
+Edges: odd N, K = 16 and K that fills no whole step, experts without rows, all rows in one expert, ids out of range, no
 rows, strided and expanded operands, NaN in one row, every instruction set that the source has. The moe op's own cases
 are in test_moe_op.py, which runs them with this body too.
 """

@@ -15,8 +15,16 @@ from ..reference import Activations, dequantize, fake_quantize, input_grad
 from .library import Library, Product, Sum, description, load
 
 __all__ = [
-    *("available", "batched", "dequantize", "description", "fake_quantize", "grouped", "indexed", "input_grad"),
-    *("linear", "moe"),
+    "available",
+    "batched",
+    "dequantize",
+    "description",
+    "fake_quantize",
+    "grouped",
+    "indexed",
+    "input_grad",
+    "linear",
+    "moe",
 ]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
