@@ -95,6 +95,31 @@ def test_quantised_activations(monkeypatch, mode, dialect):
     check(monkeypatch, lambda: op.indexed(x, *weight, ids, scale, mode, dialect))
 
 
+def make_extremes(dtype):
+    """Blocks of every magnitude, with ties, zeros of either sign, NaN and infinities among them."""
+    x = make_x(400, 64, dtype=torch.float64) * 2.0 ** torch.arange(-40, 40).repeat(5).unsqueeze(1)
+    x[::7] = torch.tensor([0.0, -0.0, 0.25, -0.75, 1.25, 1.75, 2.5, 3.5, 5.0, -6.0, 6.0, -5.0, 0.5, 1, -1.5, 2]).repeat(
+        4
+    )
+    x[3, 5], x[4, 20], x[5, :16], x[6, 2], x[9, 16:32] = torch.nan, torch.inf, torch.nan, -torch.inf, 0
+    return x.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1.0, 1e-3, 1e-30, 1e-42, 1e30])
+def test_rounded_activations_are_the_oracles_bit_for_bit(dtype, size):
+    x, scale = make_extremes(dtype), torch.tensor([1.0, 0.7, 3e-3], dtype=torch.float64) * size
+    ids = torch.randint(0, 3, (400,), generator=torch.Generator().manual_seed(0))
+    for act, group in (
+        (Activations("static", scale, "hardware"), ids),
+        (Activations("static", scale[1], "hardware"), None),
+    ):
+        for rows in (x, x.t().contiguous().t()):
+            got, want = cpu._enter(rows, act, group, 3), act.enter_rows(rows, group, 3)
+            assert torch.equal(got[0].view(torch.uint8), want[0].view(torch.uint8))
+            assert torch.equal(got[1], want[1])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_row_is_the_same_whatever_other_rows_there_are(dtype):
     weight, x = make_weight(37, 1040), make_x(29, 1040, dtype=dtype)

@@ -15,7 +15,7 @@ ALLOWED = {
     "activation": set(),
     "reference": {"format"},
     "kernels": {"kernels"},
-    "cpu": {"block", "lowering", "reference", "report"},
+    "cpu": {"block", "format", "lowering", "reference", "report"},
     "gpu": {"activation", "block", "format", "kernels", "reference"},
     "ops": {"cpu", "format", "gpu", "reference"},
     "block": {"activation", "reference"},

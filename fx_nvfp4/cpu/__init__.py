@@ -1,8 +1,9 @@
-"""The ops on a CPU: activations quantised by plain PyTorch, products by a C++ library that reads packed weights.
+"""The ops on a CPU, by a C++ library that reads packed weights.
 
 An expert's codes are read once, and decoded at most 32 rows at a time; those of an expert that no row chose are not
 touched. Arithmetic and rounding are those of :mod:`fx_nvfp4.reference` and :mod:`fx_nvfp4.block`; only the order of
-the fp32 sum differs. What the library does not compute, the plain bodies do.
+the fp32 sum differs, and on a CPU that multiplies pairs of bf16, numbers below 2^-126 count as zero in bf16. What the
+library does not compute, the plain bodies do.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ..block import Block, Projection
+from ..format import scale_pair
 from ..reference import Activations, dequantize, fake_quantize, input_grad
-from .library import Library, Product, Sum, description, load
+from .library import Library, Product, Rounding, Sum, description, load
 
 __all__ = [
     "available",
@@ -38,7 +40,7 @@ def available() -> bool:
 
 def linear(x: Tensor, qdata: Tensor, block_scale: Tensor, global_scale: Tensor, act: Activations) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
-    operand, multiplier = act.enter_rows(rows, None, 1)
+    operand, multiplier = _enter(rows, act, None, 1)
     one = Projection(qdata.unsqueeze(0), block_scale.unsqueeze(0), global_scale.unsqueeze(0), None, act)
     return _product(operand, multiplier, one, None).reshape(*x.shape[:-1], qdata.shape[0])
 
@@ -58,7 +60,7 @@ def indexed(
 def grouped(
     x: Tensor, qdata: Tensor, block_scale: Tensor, global_scale: Tensor, offs: Tensor, act: Activations
 ) -> Tensor:
-    ids = torch.bucketize(torch.arange(x.shape[0], dtype=offs.dtype), offs, right=True)
+    ids = torch.bucketize(torch.arange(x.shape[0], dtype=offs.dtype), offs.contiguous(), right=True)
     return indexed(x, qdata, block_scale, global_scale, ids, act)
 
 
@@ -99,8 +101,25 @@ def _combined(slots: Tensor, ids: Tensor, weights: Tensor, block: Block) -> Tens
 def _routed(x: Tensor, p: Projection, ids: Tensor, top: int = 1) -> Tensor:
     """Slot s, which takes row s / top of x [S / top, K], through expert ids[s] (int64 [S]), bias added -> [S, N]."""
     # Rows that several experts share are all rounded alike.
-    operand, multiplier = p.act.enter_rows(x, ids if p.act.needs_experts else None, p.qdata.shape[0])
+    operand, multiplier = _enter(x, p.act, ids if p.act.needs_experts else None, p.qdata.shape[0])
     return _product(operand, multiplier, p, ids, top)
+
+
+def _enter(x: Tensor, act: Activations, group: Tensor | None, groups: int) -> tuple[Tensor, Tensor | None]:
+    """As Activations.enter_rows for x [R, K]. The producers' own rules serve comparisons, and stay plain."""
+    if act.mode == "none" or act.dialect != "hardware":
+        return act.enter_rows(x, group, groups)
+    scale, x = act.scale_of_groups(x, group, groups), _rows(x)
+    pair = [t.contiguous() for t in scale_pair(scale, x.device)]
+    group = group.contiguous() if group is not None and scale.dim() else None
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _library().round(
+        Rounding(
+            *(_address(t) for t in (x, group, *pair, out)),
+            *(x.stride(0), x.shape[0], scale.numel(), x.shape[1], _DTYPES[x.dtype], torch.get_num_threads()),
+        )
+    )
+    return out, pair[0]
 
 
 def _product(x: Tensor, multiplier: Tensor | None, p: Projection, ids: Tensor | None, top: int = 1) -> Tensor:

@@ -36,6 +36,12 @@ class Product(ctypes.Structure):
     )
 
 
+class Rounding(ctypes.Structure):
+    """The arguments that round activations; see product.cpp for each."""
+
+    _fields_ = _fields("x group scale inverse out", "x_row rows groups k dtype threads")
+
+
 class Sum(ctypes.Structure):
     """The arguments of one weighted sum; see product.cpp for each."""
 
@@ -52,6 +58,9 @@ class Library:
     def product(self, arguments: Product) -> None:
         if self._loaded.fx_nvfp4_product(ctypes.byref(arguments)):
             raise MemoryError(f"fx_nvfp4: no memory to lay out {arguments.slots // arguments.top} rows of activations")
+
+    def round(self, arguments: Rounding) -> None:
+        self._loaded.fx_nvfp4_round(ctypes.byref(arguments))
 
     def combine(self, arguments: Sum) -> None:
         self._loaded.fx_nvfp4_combine(ctypes.byref(arguments))

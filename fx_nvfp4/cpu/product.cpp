@@ -51,7 +51,11 @@ const E4M3 kE4M3;
 
 #if defined(CPU_CAPABILITY_AVX512)
 
+#if defined(__AVX512BF16__)
+const char* const kIsa = "AVX-512 with bf16 products";
+#else
 const char* const kIsa = "AVX-512";
+#endif
 constexpr int W = 16;
 constexpr int kTokens = 6;  // rows of x in one tile
 using V = __m512;
@@ -171,7 +175,7 @@ struct Fp32 {
 
 #if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
 
-// Products of pairs are exact, and added one after the other in fp32; only activations below 2^-126 count as zero.
+// Products of pairs are exact, and added one after the other in fp32. Numbers below 2^-126 count as zero.
 struct Bf16Pairs {
   static constexpr int kVectors = 1;
 
@@ -239,6 +243,16 @@ struct Product {
   int64_t threads;
 };
 
+// Activations rounded by the hardware's rule to code * block scale, without the scale of the row's group.
+struct Rounding {
+  const void* x;  // [rows, K] of dtype
+  const int64_t* group;  // [rows], those outside 0..groups-1 are rounded somehow; null: all are of group 0
+  const float* scale;  // [groups]
+  const float* inverse;  // [groups], 1 / scale, rounded once from a double
+  void* out;  // [rows, K] of dtype, contiguous
+  int64_t x_row, rows, groups, k, dtype, threads;
+};
+
 // out[t] = sum over a of weights[t, a] * y[t * top + a] in fp32, without slots of nobody; all contiguous.
 struct Sum {
   const void* y;  // [tokens * top, N] of dtype
@@ -256,7 +270,8 @@ struct Free {
 };
 using Floats = std::unique_ptr<float[], Free>;
 Floats allocate(int64_t count) {
-  return Floats(static_cast<float*>(::operator new[](std::max<int64_t>(count, 1) * sizeof(float), std::align_val_t(64))));
+  void* const memory = ::operator new[](std::max<int64_t>(count, 1) * sizeof(float), std::align_val_t(64));
+  return Floats(static_cast<float*>(memory));
 }
 
 // Slots sorted by expert: those of the i-th expert that is hit are slots[begin[i] .. begin[i + 1]].
@@ -436,6 +451,44 @@ void product(const Product& p) {
   parallel(static_cast<int64_t>(routing.experts.size()) * parts, p.threads, Task<T, A>(p, routing, x.get(), steps));
 }
 
+// Nearest e4m3 value of v >= 0, ties to even, at most 448; NaN stays.
+inline float rounded_to_e4m3(float v) {
+  v = v > 448.f ? 448.f : v;
+  if (v < 0x1p-6f) return std::nearbyint(v * 0x1p9f) * 0x1p-9f;
+  uint32_t bits;
+  std::memcpy(&bits, &v, sizeof(v));
+  if (v == v) bits = (bits + 0x7FFFF + ((bits >> 20) & 1)) & ~0xFFFFFu;
+  std::memcpy(&v, &bits, sizeof(v));
+  return v;
+}
+
+// One block, step by step as Dialect in fx_nvfp4/dialects.py.
+template <class T>
+void round_block(const T* from, float scale, float inverse, T* to) {
+  float x[kBlock], amax = 0.f;
+  for (int i = 0; i < kBlock; ++i) x[i] = static_cast<float>(from[i]);
+  for (float v : x) amax = std::fabs(v) > amax ? std::fabs(v) : amax;  // not NaN
+  const float sixth = amax * (1.f / 6.f);
+  const float block_scale = rounded_to_e4m3(sixth == 0.f ? 0.f : inverse * sixth);
+  const float to_code = block_scale == 0.f ? 0.f : 1.f / (block_scale * scale);
+  for (int i = 0; i < kBlock; ++i) {
+    const float m = block_scale == 0.f ? 0.f : std::fabs(x[i] * to_code);
+    float e2m1 = (m > .25f ? .5f : 0.f) + (m >= .75f ? .5f : 0.f) + (m > 1.25f ? .5f : 0.f) + (m >= 1.75f ? .5f : 0.f);
+    e2m1 += (m > 2.5f ? 1.f : 0.f) + (m >= 3.5f ? 1.f : 0.f) + (m > 5.f ? 2.f : 0.f);
+    to[i] = static_cast<T>((m == m ? std::copysign(e2m1, x[i]) : 6.f) * block_scale);
+  }
+}
+
+template <class T>
+void round_rows(const Rounding& r) {
+  parallel(r.rows, r.rows * r.k < kSerial ? 1 : r.threads, [&r](int64_t row) {
+    const int64_t group = r.group ? std::clamp<int64_t>(r.group[row], 0, r.groups - 1) : 0;
+    for (int64_t k = 0; k < r.k; k += kBlock)
+      round_block(static_cast<const T*>(r.x) + row * r.x_row + k, r.scale[group], r.inverse[group],
+                  static_cast<T*>(r.out) + row * r.k + k);
+  });
+}
+
 template <class T>
 void combine(const Sum& s) {
   parallel(s.tokens, s.tokens * s.top * s.n < kSerial ? 1 : s.threads, [&s](int64_t t) {
@@ -474,6 +527,10 @@ extern "C" int fx_nvfp4_product(const Product* p) {
   } catch (const std::bad_alloc&) {
     return 1;
   }
+}
+
+extern "C" void fx_nvfp4_round(const Rounding* r) {
+  with_dtype(r->dtype, [r](auto t) { round_rows<decltype(t)>(*r); });
 }
 
 extern "C" void fx_nvfp4_combine(const Sum* s) {
