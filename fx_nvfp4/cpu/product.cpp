@@ -9,6 +9,11 @@
 // odd ones. In fp32, activations are laid out once in that order, so that decoded codes need no interleaving; pairs of
 // bf16 have both elements of a byte in one lane, and take activations as they are.
 
+// Inductor turns this off, as it writes out vectors itself; here plain loops convert and round.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("tree-loop-vectorize")
+#endif
+
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
