@@ -451,7 +451,9 @@ def test_global_scales_that_are_numbers_of_the_model(as_tensor):
     with torch.no_grad(), collect_reports():
         for scale in (0.75, 0.3, 1.0, 0.0123):
             model.scale = scale
-            torch.testing.assert_close(run(inputs()), model(inputs()), rtol=1e-5, atol=1e-4)
+            want = model(inputs())
+            # Sums of large terms in another order.
+            torch.testing.assert_close(run(inputs()), want, rtol=1e-5, atol=1e-6 * float(want.abs().max()))
 
 
 # Other processes with a warm cache
