@@ -123,6 +123,11 @@ def use_traceable_experts(model: Any) -> list[str]:
     return switched
 
 
+def tells_layout(module: torch.nn.Module) -> bool:
+    """Whether :func:`experts_layout` knows how a module stores its weights, and does not assume it."""
+    return hasattr(module, "is_transposed") or type(module).__name__ in _TRANSPOSED_EXPERTS
+
+
 def experts_layout(module: torch.nn.Module) -> Layout:
     """How an experts module stores its 3-D weights."""
     name = type(module).__name__
