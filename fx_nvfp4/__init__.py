@@ -11,6 +11,7 @@ from .explain import explain
 from .prepare import prepare
 from .quantize import NVFP4Config, quantizable, quantize_
 from .report import NotEmulatedError, NVFP4Warning, Report
+from .save import save
 from .serialize import load_file, save_file
 from .tensor import NVFP4Weight
 
@@ -35,5 +36,6 @@ __all__ = [
     "prepare",
     "quantizable",
     "quantize_",
+    "save",
     "save_file",
 ]

@@ -61,12 +61,12 @@ class Dialect:
     name = "hardware"
 
     def global_scale(self, amax: Tensor) -> Tensor:
-        """float64 global scale at which amax (fp32) is the largest representable number; 1 for zeros.
+        """float64 global scale at which amax, in the numbers' dtype, is the largest representable one; 1 for zeros.
 
         Here the fp32 number next to amax / 2688 that is the reciprocal of its reciprocal, so that producers who store
         the one and those who store the other read the same number.
         """
-        reciprocal = 1.0 / (amax / TWO_LEVEL_MAX)
+        reciprocal = 1.0 / (amax.float() / TWO_LEVEL_MAX)
         return _or_one(1.0 / reciprocal)
 
     def amax(self, blocks: Tensor) -> Tensor:
@@ -124,12 +124,13 @@ class Vllm(Dialect):
 
 
 class CompressedTensors(Dialect):
-    """compressed-tensors: amax / 6 rounded to the input's dtype, true division by scale / g, no zero scale."""
+    """compressed-tensors: 2688 / amax and amax / 6 rounded to the input's dtype, true division, no zero scale."""
 
     name = "compressed-tensors"
     zero_scale = 0.125
 
     def global_scale(self, amax: Tensor) -> Tensor:
+        # Rounded to that dtype, and then read as the fp32 number that is stored.
         return _or_one(1.0 / (TWO_LEVEL_MAX / amax).double())
 
     def amax(self, blocks: Tensor) -> Tensor:
@@ -153,7 +154,7 @@ class ModelOpt(Dialect):
     smallest_scale = 2.0**-9
 
     def global_scale(self, amax: Tensor) -> Tensor:
-        return _or_one(amax / TWO_LEVEL_MAX)
+        return _or_one(amax.float() / TWO_LEVEL_MAX)
 
     def amax(self, blocks: Tensor) -> Tensor:
         return _spreading_amax(blocks)
@@ -176,7 +177,7 @@ class TorchAO(Dialect):
     smallest_scale = 2.0**-6
 
     def global_scale(self, amax: Tensor) -> Tensor:
-        return _or_one(amax / TWO_LEVEL_MAX)
+        return _or_one(amax.float() / TWO_LEVEL_MAX)
 
     def amax(self, blocks: Tensor) -> Tensor:
         return _spreading_amax(blocks)

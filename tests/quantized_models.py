@@ -37,7 +37,7 @@ def transformers_model(family: str, dtype: torch.dtype = torch.bfloat16, **chang
     text = "Text" if family == "Llama4" else ""
     config = getattr(transformers, f"{family}{text}Config")(**{**_COMMON, **_OWN.get(family, {}), **changes})
     torch.manual_seed(0)
-    model = getattr(transformers, f"{family}ForCausalLM")(config).to(dtype).eval().requires_grad_(False)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
             parameter.normal_(std=parameter.shape[-1] ** -0.5)

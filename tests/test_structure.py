@@ -36,6 +36,7 @@ ALLOWED = {
     "quantization": {"quantization", "checkpoints", "dialects", "format", "ops", "tensor"},
     "quantize": {"quantization", "report", "tensor"},
     "calibrate": {"dialects", "ops", "parameters", "preparation", "quantization", "report", "tensor"},
+    "save": {"checkpoints", "ops", "tensor"},
     "report_table": {"report"},
     "report": {"report_table"},
     "passes": {"passes", "activation", "format", "ops", "report"},

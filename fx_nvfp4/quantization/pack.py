@@ -23,7 +23,7 @@ def pack_module(module: nn.Module, config: NVFP4Config, fqn: str = "", amax: Ten
 
     Args:
         fqn: the module's path, for messages.
-        amax: fp32, the largest magnitude of all that shares a global scale with this linear layer; default its own.
+        amax: the largest magnitude of all that shares a global scale with this linear layer; default its own.
 
     Returns:
         Names of the parameters in the module.

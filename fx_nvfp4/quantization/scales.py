@@ -23,7 +23,7 @@ def row_scales(weight: Tensor, parts: tuple[slice, ...], config: NVFP4Config, wh
     Raises:
         ValueError: a number in the weight is not finite; where names it.
     """
-    amax = torch.empty(weight.shape[:-1], dtype=torch.float32, device=weight.device)
+    amax = weight.new_empty(weight.shape[:-1])
     for matrix, rows in zip(as_matrices(weight), amax.view(-1, weight.shape[-2]), strict=True):
         for part in parts:
             rows[part] = largest_magnitude(matrix[part], where)
@@ -38,9 +38,9 @@ def as_matrices(weight: Tensor) -> Tensor:
 
 
 def largest_magnitude(weight: Tensor, where: str) -> Tensor:
-    """fp32 scalar, without a copy of the weight; arguments and errors as :func:`row_scales`."""
+    """Scalar in the weight's dtype, without a copy of it; arguments and errors as :func:`row_scales`."""
     low, high = torch.aminmax(weight)
-    largest = torch.maximum(-low, high).float()
+    largest = torch.maximum(-low, high)
     if not torch.isfinite(largest):
         raise ValueError(f"{where}: a weight of {largest.item()} cannot be quantised; find out where it comes from")
     return largest
@@ -56,7 +56,7 @@ def projections(module: nn.Module, name: str, rows: int, config: NVFP4Config) ->
 
 
 def shared_amax(model: nn.Module, chosen: Callable[[nn.Module], bool]) -> dict[nn.Module, Tensor]:
-    """Largest magnitude (fp32) of all that shares a global scale with a chosen linear layer, where others do."""
+    """Largest magnitude of all that shares a global scale with a chosen linear layer, where others do."""
     found: dict[nn.Module, Tensor] = {}
     for path, parent in model.named_modules():
         for names in _FUSED:

@@ -1,0 +1,52 @@
+"""Writes tensors to safetensors files of a bounded size, holding one file's at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import safetensors.torch
+from torch import Tensor
+
+from .reader import INDEX, SINGLE
+
+
+def write_shards(folder: Path, groups: Iterable[dict[str, Tensor]], limit: int) -> None:
+    """Write all tensors; those of one group share a file, and a file has about limit bytes at most.
+
+    One file is model.safetensors; several have an index.
+    """
+    files: list[tuple[Path, list[str]]] = []
+    pending: dict[str, Tensor] = {}
+    size = total = 0
+    for group in groups:
+        added = sum(t.numel() * t.itemsize for t in group.values())
+        if pending and size + added > limit:
+            files.append(_write(folder, len(files), pending))
+            pending, size = {}, 0
+        # Copies: what is stored are parts of larger tensors, which safetensors would take for shared memory.
+        pending.update({name: t.detach().to("cpu", copy=True).contiguous() for name, t in group.items()})
+        size, total = size + added, total + added
+    files.append(_write(folder, len(files), pending))
+    _name(folder, files, total)
+
+
+def _write(folder: Path, number: int, tensors: dict[str, Tensor]) -> tuple[Path, list[str]]:
+    file = folder / f"model-{number + 1:05}.safetensors"
+    safetensors.torch.save_file(tensors, file, {"format": "pt"})
+    return file, list(tensors)
+
+
+def _name(folder: Path, files: list[tuple[Path, list[str]]], total: int) -> None:
+    """Give the files the names that loaders look for, now that their number is known."""
+    if len(files) == 1:
+        files[0][0].replace(folder / SINGLE)
+        return
+    weight_map = {}
+    for number, (file, names) in enumerate(files):
+        name = f"model-{number + 1:05}-of-{len(files):05}.safetensors"
+        file.replace(folder / name)
+        weight_map.update(dict.fromkeys(names, name))
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
