@@ -44,6 +44,8 @@ def save(model: Any, path: str | Path, producer: str = "modelopt", *, shard_size
             f"save: expected a transformers model, got {type(model).__name__}; its state dict can be stored with "
             "fx_nvfp4.save_file(model.state_dict(), path)"
         )
+    if getattr(getattr(model, "nvfp4_preparation", None), "fused", None):
+        raise ValueError("save: prepare() changed the names of experts, which no loader knows: save, then prepare")
     convention, activations = _CONVENTIONS[producer], _activations(model)
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)

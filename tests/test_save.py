@@ -12,7 +12,7 @@ from torch import nn
 
 import fx_nvfp4
 from fx_nvfp4 import CheckpointError, NVFP4Config, NVFP4Weight, calibrate, quantize_, save
-from fx_nvfp4.checkpoints import stored
+from fx_nvfp4.checkpoints.pieces import reciprocal
 from fx_nvfp4.checkpoints.reader import Reader
 from fx_nvfp4.format import scale_pair
 
@@ -21,6 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 FAMILIES = ("Qwen3Moe", "Mixtral", "Llama4", "GptOss")
 PRODUCERS = ("modelopt", "compressed-tensors")
+SIZES = {"vocab_size": 99, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
 REAL = {name: folder for name, folder in CHECKPOINTS.items() if name.startswith(("modelopt", "ct_"))}
 
 
@@ -168,7 +169,7 @@ def test_scales_that_no_reciprocal_leads_back_to_are_told(tmp_path, caplog):
 def test_of_several_reciprocals_the_roundest_is_stored():
     rounded = (torch.rand(4096, generator=torch.Generator().manual_seed(0)) * 9e3 + 1).bfloat16().float()
     scale = (1.0 / rounded.double()).float()
-    assert torch.equal(stored._reciprocal(scale), rounded)
+    assert torch.equal(reciprocal(scale), rounded)
     assert not torch.equal(1.0 / scale, rounded)
 
 
@@ -194,6 +195,15 @@ def test_what_the_forms_cannot_say_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"q_proj\.weight is weight-only and .* is not"):
         save(quantized(mixed), tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_names_that_prepare_changed_are_refused(tmp_path):
+    model = quantized(transformers_model("Mixtral"))
+    fx_nvfp4.prepare(model)
+    save(model, tmp_path / "nothing was fused")
+    model.nvfp4_preparation.fused.append("a list")
+    with pytest.raises(ValueError, match=r"save, then prepare"):
+        save(model, tmp_path)
 
 
 # The producers' own code
@@ -250,6 +260,23 @@ def test_compressed_tensors_own_code_reads_it_and_writes_the_same(activations, t
         theirs = NVFP4PackedCompressor.compress(written, scheme)
         assert torch.equal(raw(theirs["weight_global_scale"]), raw(tensors["weight_global_scale"]))
         assert torch.equal(theirs["weight_packed"], tensors["weight_packed"])
+
+
+def test_transformers_loads_dense_layers_by_compressed_tensors_own_code(tmp_path):
+    # Experts it loads without their global scale (transformers 5.24), so a model without experts.
+    pytest.importorskip("compressed_tensors")
+    config = transformers.Qwen3Config(**SIZES, head_dim=16, intermediate_size=96, num_hidden_layers=2)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    save(quantized(model, activations="none"), tmp_path, "compressed-tensors")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        want, got = model(token_ids()).logits, theirs(token_ids()).logits
+    # Theirs multiplies by weights rounded to bfloat16.
+    assert float((got - want).abs().mean()) < 0.02 * float(want.std())
 
 
 def test_modelopts_own_code_reads_it_and_writes_the_same(tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,62 +12,17 @@ from torch import Tensor, nn
 
 from ..tensor import NVFP4Weight
 from . import skeleton
-from .errors import CheckpointError, mismatch
+from .errors import CheckpointError
 from .formats import COMPRESSED_TENSORS, Convention
 from .names import Names, Place
+from .pieces import Piece
 from .skeleton import Layout
-from .sources import Source
 
 logger = logging.getLogger("fx_nvfp4.checkpoint")
 
 _SHORT = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _EXPERT = re.compile(r"(.+\.experts\.\d+\.)(w[123])")
 _FUSED = re.compile(r"(?P<experts>.+)\.(?P<projection>gate_up_proj|up_proj|down_proj)(?P<bias>_bias)?")
-
-
-@dataclass(frozen=True)
-class Piece:
-    """What is stored as one packed weight: canonical [N, K] of a module, or [E, N, K] under a parameter's name."""
-
-    name: str
-    weight: NVFP4Weight
-    fused: bool = False
-    transposed: bool = False
-
-    def tensors(self, convention: Convention) -> dict[str, Tensor]:
-        """Codes and scales by their names in the file.
-
-        Raises:
-            CheckpointError: rows that share a global scale in this form have different ones.
-        """
-        turn = (lambda t: t.mT) if self.transposed else (lambda t: t)
-        parts = {
-            "codes": turn(self.weight.qdata),
-            "block_scale": turn(self.weight.block_scale.view(torch.uint8)).contiguous().view(torch.float8_e4m3fn),
-            "global_scale": _stored_weight_scale(self._global_scale(), convention),
-        }
-        if self.weight.act_scale is not None:
-            parts["input_scale"] = _stored_activation_scale(_as_one(self.weight.act_scale), convention)
-        source = Source(self.name, self.fused)
-        return {source.part_name(part, convention): tensor for part, tensor in parts.items()}
-
-    def moves(self) -> bool:
-        """Whether no fp32 reciprocal leads back to a global scale."""
-        scale = self.weight.global_scale
-        return not torch.equal(1.0 / _reciprocal(scale), scale)
-
-    def _global_scale(self) -> Tensor:
-        """fp32 [], or [E] of experts that differ."""
-        scale = self.weight.global_scale
-        if not torch.equal(scale, scale[..., :1].expand(scale.shape)):
-            raise mismatch(
-                self.name,
-                "rows with different global scales",
-                "one for each weight, or each expert of a fused one, in a file",
-                'NVFP4Config(global_scale="fused") gives gate and up of an expert one in common; '
-                'producer="compressed-tensors" stores them apart',
-            )
-        return _as_one(scale[..., 0])
 
 
 def stored_tensors(model: Any, convention: Convention) -> Iterator[dict[str, Tensor]]:
@@ -78,7 +32,7 @@ def stored_tensors(model: Any, convention: Convention) -> Iterator[dict[str, Ten
         CheckpointError: a packed weight that the convention, or transformers' naming, has no form for.
     """
     state = skeleton.without_tied(model)
-    dense = {name: t if not _is_packed(t) else torch.empty(t.shape, device="meta") for name, t in state.items()}
+    dense = {n: torch.empty(t.shape, device="meta") if isinstance(t, NVFP4Weight) else t for n, t in state.items()}
     names = Names(skeleton.renaming(model), model.state_dict().keys(), model.base_model_prefix)
     split = convention is COMPRESSED_TENSORS
     moved: list[str] = []
@@ -87,7 +41,7 @@ def stored_tensors(model: Any, convention: Convention) -> Iterator[dict[str, Ten
         packed = None if place is None else state.get(place.parameter)
         if place is not None and isinstance(packed, NVFP4Weight):
             for piece in _pieces(name, place, packed, model, split):
-                moved += [piece.name] if convention.reciprocal and piece.moves() else []
+                moved += [piece.name] if piece.moves(convention) else []
                 yield piece.tensors(convention)
         elif tensor.is_meta:
             raise CheckpointError(f"{name}: transformers stores a packed weight here, and no place is known for it")
@@ -132,7 +86,8 @@ def _halves(name: str, expert: int) -> list[tuple[str, Place]]:
 def _beside_packed(name: str, state: Mapping[str, Tensor]) -> bool:
     """Whether a tensor is the stacked biases of experts whose weight is packed."""
     match = _FUSED.fullmatch(name)
-    return match is not None and match["bias"] is not None and _is_packed(state.get(name.removesuffix("_bias")))
+    stacked = match is not None and match["bias"] is not None
+    return stacked and isinstance(state.get(name.removesuffix("_bias")), NVFP4Weight)
 
 
 def _biases(name: str, bias: Tensor, layout: Layout) -> Iterator[tuple[str, Tensor]]:
@@ -151,32 +106,6 @@ def _layout(model: Any, parameter: str) -> Layout:
     return skeleton.experts_layout(model.get_submodule(parameter.rpartition(".")[0]))
 
 
-def _is_packed(tensor: Tensor | None) -> bool:
-    return isinstance(tensor, NVFP4Weight)
-
-
-def _as_one(scale: Tensor) -> Tensor:
-    """[] where all experts have the same scale."""
-    return scale.reshape(-1)[0] if scale.numel() and bool((scale == scale.reshape(-1)[0]).all()) else scale
-
-
-def _stored_activation_scale(scale: Tensor, convention: Convention) -> Tensor:
-    return (1.0 / scale).float().reshape(-1) if convention.reciprocal else scale.float()
-
-
-def _stored_weight_scale(scale: Tensor, convention: Convention) -> Tensor:
-    return _reciprocal(scale).reshape(-1) if convention.reciprocal else scale
-
-
-def _reciprocal(scale: Tensor) -> Tensor:
-    """The fp32 number whose reciprocal is scale; of several the roundest, as producers compute theirs in bfloat16."""
-    near = 1.0 / scale
-    candidates = torch.stack([near, *(torch.nextafter(near, torch.full_like(near, to)) for to in (0.0, torch.inf))])
-    bits = candidates.view(torch.int32)
-    trailing_zeros = (bits & -bits).double().log2()
-    return candidates.gather(0, torch.where(1.0 / candidates == scale, trailing_zeros, -1.0).argmax(0, keepdim=True))[0]
-
-
 def _warn_of_moved(names: list[str]) -> None:
     if names:
         logger.warning(
@@ -189,8 +118,7 @@ def _warn_of_moved(names: list[str]) -> None:
 
 def dense_modules(model: Any, convention: Convention) -> list[str]:
     """Modules, as a checkpoint names them, whose 2-D weights stay dense; embeddings count for ModelOpt alone."""
-    state = skeleton.without_tied(model)
-    plain = {name: t for name, t in state.items() if not _is_packed(t)}
+    plain = {name: t for name, t in skeleton.without_tied(model).items() if not isinstance(t, NVFP4Weight)}
     names = Names(skeleton.renaming(model), model.state_dict().keys(), model.base_model_prefix)
     found = []
     for name, tensor in skeleton.original_form(model, plain).items():
