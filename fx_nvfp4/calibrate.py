@@ -95,6 +95,7 @@ def calibrate(model: nn.Module) -> Iterator[Calibration]:
     _warn(calibration)
 
 
+@torch.inference_mode(False)
 def _calibrated(model: nn.Module, weights: dict[str, NVFP4Weight], calibration: Calibration) -> dict[str, NVFP4Weight]:
     """The weights with their scales; what borrows, and what has none, is noted."""
     _check(calibration.amax)

@@ -31,7 +31,7 @@ _OWN: dict[str, dict[str, Any]] = {
 
 
 def transformers_model(family: str, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> nn.Module:
-    """A random model of a family of transformers ("Qwen3Moe", "Mixtral", "Llama4", "GptOss")."""
+    """A random model of a family of transformers ("Qwen3Moe", "Mixtral", "Llama4", "GptOss", ...)."""
     import transformers
 
     text = "Text" if family == "Llama4" else ""

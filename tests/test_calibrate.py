@@ -148,6 +148,18 @@ def test_weights_of_other_modes_are_not_touched():
     assert model.shared.weight is dynamic
 
 
+def test_in_inference_mode_parameters_are_ordinary_tensors():
+    model = Experts()
+    with torch.inference_mode():
+        quantize_(model, STATIC)
+        with calibrate(model):
+            model(tokens())
+    x = tokens().requires_grad_()
+    model(x).sum().backward()
+    assert x.grad is not None
+    assert bool(x.grad.any())
+
+
 # What nothing reached
 
 

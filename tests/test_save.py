@@ -126,7 +126,8 @@ def test_the_same_bytes_and_logits_are_loaded_again(family, producer, activation
 def test_gate_and_up_apart_need_a_form_that_stores_them_apart(tmp_path):
     model = quantized(transformers_model("Llama4"), global_scale="projection")
     with pytest.raises(CheckpointError, match=r"experts\.gate_up_proj: found rows with different global scales"):
-        save(model, tmp_path / "modelopt")
+        save(model, tmp_path / "modelopt", shard_size=20_000)
+    assert list((tmp_path / "modelopt").iterdir()) == []
     save(model, tmp_path / "apart", "compressed-tensors")
     experts = "model.layers.0.feed_forward.experts.gate_up_proj"
     check_equal(model.get_parameter(experts).data, loaded(tmp_path / "apart").get_parameter(experts).data)
@@ -148,6 +149,16 @@ def test_several_files_hold_the_same_and_none_is_too_large(tmp_path):
     index = json.loads((tmp_path / "several" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in whole.values())
     Reader(tmp_path / "several")  # cross-checks index and files
+
+
+def test_saving_over_an_older_checkpoint_leaves_nothing_of_it(tmp_path):
+    model = quantized(transformers_model("Mixtral"))
+    save(model, tmp_path, shard_size=20_000)
+    save(model, tmp_path, "compressed-tensors", shard_size=40_000)
+    loaded(tmp_path)
+    save(model, tmp_path)
+    assert [file.name for file in tmp_path.glob("model*")] == ["model.safetensors"]
+    loaded(tmp_path)
 
 
 def test_tied_heads_are_stored_once(tmp_path):
@@ -195,6 +206,14 @@ def test_what_the_forms_cannot_say_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"q_proj\.weight is weight-only and .* is not"):
         save(quantized(mixed), tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("producer", PRODUCERS)
+def test_experts_of_unknown_names_are_refused(producer, tmp_path):
+    # Granite's checkpoints hold input_linear.weight [E, 2 I, H], which no producer's loader expects to be packed.
+    model = quantized(transformers_model("GraniteMoe"))
+    with pytest.raises(CheckpointError, match=r"linear\.weight: found packed experts of a name that loaders"):
+        save(model, tmp_path, producer)
 
 
 def test_names_that_prepare_changed_are_refused(tmp_path):

@@ -11,13 +11,27 @@ from torch import Tensor
 
 from .reader import INDEX, SINGLE
 
+Files = list[tuple[Path, list[str]]]  # a file, and the names of its tensors
+
 
 def write_shards(folder: Path, groups: Iterable[dict[str, Tensor]], limit: int) -> None:
     """Write all tensors; those of one group share a file, and a file has about limit bytes at most.
 
-    One file is model.safetensors; several have an index.
+    One file is model.safetensors; several have an index. Files of these names that were there are gone afterwards;
+    where this raises, they are as before.
     """
-    files: list[tuple[Path, list[str]]] = []
+    files: Files = []
+    try:
+        total = _write_all(folder, groups, limit, files)
+    except BaseException:
+        for file, _ in files:
+            file.unlink()
+        raise
+    _name(folder, files, total)
+
+
+def _write_all(folder: Path, groups: Iterable[dict[str, Tensor]], limit: int, files: Files) -> int:
+    """Write files of provisional names, and note them; returns the bytes of all tensors."""
     pending: dict[str, Tensor] = {}
     size = total = 0
     for group in groups:
@@ -29,17 +43,19 @@ def write_shards(folder: Path, groups: Iterable[dict[str, Tensor]], limit: int) 
         pending.update({name: t.detach().to("cpu", copy=True).contiguous() for name, t in group.items()})
         size, total = size + added, total + added
     files.append(_write(folder, len(files), pending))
-    _name(folder, files, total)
+    return total
 
 
 def _write(folder: Path, number: int, tensors: dict[str, Tensor]) -> tuple[Path, list[str]]:
-    file = folder / f"model-{number + 1:05}.safetensors"
+    file = folder / f"unfinished-{number + 1:05}.safetensors"
     safetensors.torch.save_file(tensors, file, {"format": "pt"})
     return file, list(tensors)
 
 
-def _name(folder: Path, files: list[tuple[Path, list[str]]], total: int) -> None:
-    """Give the files the names that loaders look for, now that their number is known."""
+def _name(folder: Path, files: Files, total: int) -> None:
+    """Give the files the names that loaders look for, now that their number is known, in place of what was there."""
+    for old in (folder / SINGLE, folder / INDEX, *folder.glob("model-?????-of-?????.safetensors")):
+        old.unlink(missing_ok=True)
     if len(files) == 1:
         files[0][0].replace(folder / SINGLE)
         return

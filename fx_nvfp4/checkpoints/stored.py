@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..tensor import NVFP4Weight
 from . import skeleton
-from .errors import CheckpointError
+from .errors import CheckpointError, mismatch
 from .formats import COMPRESSED_TENSORS, Convention
 from .names import Names, Place
 from .pieces import Piece
@@ -64,8 +64,10 @@ def _pieces(name: str, place: Place, weight: NVFP4Weight, model: Any, split: boo
         for expert in range(weight.shape[0]):
             for module, part in _halves(name, expert):
                 yield Piece(module, _part(canonical, expert, part, layout))
-    else:
+    elif _FUSED.fullmatch(name):
         yield Piece(name, canonical, fused=True, transposed=layout.transposed)
+    else:
+        raise _no_form(name)
 
 
 def _part(weight: NVFP4Weight, expert: int, place: Place, layout: Layout) -> NVFP4Weight:
@@ -76,11 +78,20 @@ def _halves(name: str, expert: int) -> list[tuple[str, Place]]:
     """Modules that one expert of a fused parameter becomes, each with its place."""
     match = _FUSED.fullmatch(name)
     if match is None:
-        raise CheckpointError(f"{name}: not a name of experts that compressed-tensors could store one by one")
+        raise _no_form(name)
     experts, projection = match["experts"], match["projection"]
     if projection != "gate_up_proj":
         return [(f"{experts}.{expert}.{projection}", Place(name, expert))]
     return [(f"{experts}.{expert}.{half}_proj", Place(name, expert, half)) for half in ("gate", "up")]
+
+
+def _no_form(name: str) -> CheckpointError:
+    return mismatch(
+        name,
+        "packed experts of a name that loaders of packed checkpoints do not know",
+        "gate_up_proj, up_proj or down_proj, or one tensor an expert",
+        "let quantize_'s filter_fn leave these experts dense, or store the state dict with fx_nvfp4.save_file",
+    )
 
 
 def _beside_packed(name: str, state: Mapping[str, Tensor]) -> bool:

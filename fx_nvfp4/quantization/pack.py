@@ -18,6 +18,8 @@ from .targets import packable, stored_transposed
 _CHUNK = 1 << 22
 
 
+# Parameters are ordinary tensors, also where this is called in inference mode.
+@torch.inference_mode(False)
 def pack_module(module: nn.Module, config: NVFP4Config, fqn: str = "", amax: Tensor | None = None) -> list[str]:
     """Replace a module's dense weights (of a linear layer, or 3-D ones) by packed ones, one at a time.
 

@@ -14,7 +14,12 @@ from .config import NVFP4Config
 
 _GATE_UP = re.compile(r"gate_?up|gate_and_up|w13|w1_w3")
 # Linear layers of one module that engines multiply as one weight.
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
+_FUSED = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("q_a_proj", "kv_a_proj_with_mqa"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+)
 
 
 def row_scales(weight: Tensor, parts: tuple[slice, ...], config: NVFP4Config, where: str) -> Tensor:
@@ -60,10 +65,10 @@ def shared_amax(model: nn.Module, chosen: Callable[[nn.Module], bool]) -> dict[n
     found: dict[nn.Module, Tensor] = {}
     for path, parent in model.named_modules():
         for names in _FUSED:
-            layers = {
-                f"{path}.{n}": m for n in names if isinstance(m := parent._modules.get(n), nn.Linear) and chosen(m)
-            }
+            children = {name: parent._modules.get(name) for name in names}
+            layers = {name: m for name, m in children.items() if isinstance(m, nn.Linear) and chosen(m)}
             if len(layers) > 1:
-                largest = [largest_magnitude(m.weight.detach(), f"{n}.weight") for n, m in layers.items()]
+                where = [f"{path}.{name}.weight".strip(".") for name in layers]
+                largest = [largest_magnitude(m.weight.detach(), w) for m, w in zip(layers.values(), where, strict=True)]
                 found.update(dict.fromkeys(layers.values(), torch.stack(largest).amax()))
     return found
