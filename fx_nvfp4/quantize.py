@@ -12,7 +12,7 @@ from torch import nn
 from torchao.quantization.transform_module import register_quantize_module_handler
 
 from .quantization.config import NVFP4Config
-from .quantization.pack import pack_module
+from .quantization.pack import check_module, pack_module
 from .quantization.record import Quantization, shorten
 from .quantization.scales import shared_amax
 from .quantization.targets import packable, quantizable, reason_to_leave
@@ -46,7 +46,8 @@ def quantize_(
         device: where the model goes first, module by module: packing on a GPU is faster.
 
     Raises:
-        ValueError: nothing was chosen, or a chosen weight cannot be packed; names it.
+        ValueError: nothing was chosen, or a chosen weight cannot be packed; names it. Nothing is packed then, but
+            where a weight is not finite.
         TypeError: a config of torchao's.
     """
     config = NVFP4Config() if config is None else config
@@ -60,13 +61,15 @@ def quantize_(
     chosen = {m for path, m in model.named_modules() if packable(m) and filter_fn(m, path) and not tied.to_table(m)}
     if not chosen:
         raise ValueError("quantize_: filter_fn chose no module with a dense weight of a linear layer or of experts")
+    for path, module in model.named_modules():
+        if module in chosen:
+            check_module(module, config, path)
     shared = shared_amax(model, chosen.__contains__) if config.global_scale == "fused" else {}
     for path, module in model.named_modules():
         if device is not None:
             module._apply(lambda t: t.to(device), recurse=False)
         if module in chosen and not tied.reuse(module):
-            amax = shared.get(module)
-            names = pack_module(module, config, path, amax if amax is None or device is None else amax.to(device))
+            names = pack_module(module, config, path, shared.get(module))
             record.packed += [f"{path}.{name}".strip(".") for name in names]
             tied.remember(module, names)
         record.left_alone.update(_left_alone(module, path, module in chosen, filter_fn, tied))

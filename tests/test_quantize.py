@@ -38,7 +38,7 @@ def same(a: NVFP4Weight, b: NVFP4Weight) -> bool:
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_bytes_are_the_oracles_for_every_expert_and_layout(dialect, dtype, monkeypatch):
     monkeypatch.setattr(pack, "_CHUNK", 5 * HIDDEN)  # a few rows at a time, and a rest
     for transposed in (False, True):
@@ -204,6 +204,15 @@ def test_convolutions_and_tables_are_not_experts():
     assert model.nvfp4_quantization.packed == ["2.weight"]
 
 
+def test_attention_of_torchs_own_still_runs():
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(32, 2), "linear": nn.Linear(32, 32)}).eval()
+    quantize_(model)
+    assert model.nvfp4_quantization.packed == ["linear.weight"]
+    x = torch.randn(4, 1, 32)
+    with torch.no_grad():
+        assert model["attention"](x, x, x)[0].isfinite().all()
+
+
 def test_torchaos_own_function_packs_the_same():
     ours, theirs = Experts(), Experts()
     quantize_(ours)
@@ -244,6 +253,10 @@ class Ungated(nn.Module):
 def test_a_layout_that_cannot_be_told_is_refused_until_it_is_said():
     with pytest.raises(ValueError, match=r"Ungated: experts .*4, 48, 64.* and nothing tells: set is_transposed"):
         quantize_(Ungated())
+    both = nn.ModuleDict({"linear": nn.Linear(32, 32), "experts": Ungated()})
+    with pytest.raises(ValueError, match="experts: experts"):
+        quantize_(both)
+    assert packed(both) == {}  # nothing is packed where not all can be
     given, marked = Ungated(), Ungated()
     quantize_(given, NVFP4Config(transposed=True))
     marked.is_transposed = False

@@ -31,37 +31,45 @@ def pack_module(module: nn.Module, config: NVFP4Config, fqn: str = "", amax: Ten
         Names of the parameters in the module.
 
     Raises:
-        ValueError: K is not a multiple of 16, it cannot be told which dim K is, or a weight is not finite or has no
-            values yet (meta device).
+        ValueError: as :func:`check_module`, or a weight is not finite.
     """
+    transposed = check_module(module, config, fqn)
     names = [name for name, _ in packable(module)]
-    transposed = bool(names) and not isinstance(module, nn.Linear) and _transposed(module, config, fqn)
     for name in names:
-        where = f"{fqn or type(module).__name__}.{name}"
         weight = getattr(module, name).detach()
         weight = weight.mT if transposed else weight
-        _check(weight, where, isinstance(module, nn.Linear))
         if amax is None:
-            scale = row_scales(weight, projections(module, name, weight.shape[-2], config), config, where)
+            parts = projections(module, name, weight.shape[-2], config)
+            scale = row_scales(weight, parts, config, _where(module, fqn, name))
         else:
-            scale = get_dialect(config.dialect).global_scale(amax).expand(weight.shape[:-1])
+            scale = get_dialect(config.dialect).global_scale(amax.to(weight.device)).expand(weight.shape[:-1])
         packed = pack(weight, scale, config).replace(transposed=transposed)
         module.register_parameter(name, nn.Parameter(packed, requires_grad=False))
     return names
 
 
-def _transposed(module: nn.Module, config: NVFP4Config, fqn: str) -> bool:
-    return stored_transposed(module, fqn) if config.transposed is None else config.transposed
+def check_module(module: nn.Module, config: NVFP4Config, fqn: str) -> bool:
+    """Whether a module's weights are stored transposed, once nothing forbids to pack them but what they hold.
+
+    Raises:
+        ValueError: it cannot be told which dim K is, K is not a multiple of 16, or weights are on the meta device.
+    """
+    weights, linear = packable(module), isinstance(module, nn.Linear)
+    transposed = False
+    if weights and not linear:
+        transposed = stored_transposed(module, fqn) if config.transposed is None else config.transposed
+    for name, weight in weights:
+        where, k = _where(module, fqn, name), weight.shape[-2 if transposed else -1]
+        if weight.is_meta:
+            raise ValueError(f"{where}: no values yet (meta device); load the weights first")
+        if k % BLOCK:
+            other = "" if linear else ", or pass NVFP4Config(transposed=...) if K is the other dim"
+            raise ValueError(f"{where}: K = {k} is not a multiple of {BLOCK}; let filter_fn leave it out{other}")
+    return transposed
 
 
-def _check(weight: Tensor, where: str, linear: bool) -> None:
-    if weight.is_meta:
-        raise ValueError(f"{where}: no values yet (meta device); load the weights first")
-    if weight.shape[-1] % BLOCK:
-        other = "" if linear else ", or pass NVFP4Config(transposed=...) if K is the other dim"
-        raise ValueError(
-            f"{where}: K = {weight.shape[-1]} is not a multiple of {BLOCK}; let filter_fn leave it out{other}"
-        )
+def _where(module: nn.Module, fqn: str, name: str) -> str:
+    return f"{fqn or type(module).__name__}.{name}"
 
 
 def pack(weight: Tensor, scale: Tensor, config: NVFP4Config) -> NVFP4Weight:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..checkpoints.skeleton import experts_layout, tells_layout
 from ..format import BLOCK
@@ -24,6 +25,8 @@ def reason_to_leave(module: nn.Module, fqn: str) -> str | None:
     """Why the default filter leaves a module's weights as they are; None: it takes them."""
     if isinstance(module, nn.Embedding):
         return "an embedding"
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return "inside nn.MultiheadAttention, which multiplies by itself"
     leaf = fqn.rpartition(".")[2]
     if leaf in _HEADS:
         return "an output head"
