@@ -23,12 +23,13 @@ def save(model: Any, path: str | Path, producer: str = "modelopt", *, shard_size
     """Write a checkpoint that the producer's own loaders, and :func:`fx_nvfp4.load`, read: the same bytes come back.
 
     Tensors get the names of the original checkpoint of the model's family, as transformers knows them. ModelOpt's form
-    stores Llama 4's and gpt-oss' experts fused in 3-D, compressed-tensors' stores all experts one by one.
+    stores Llama 4's and gpt-oss' experts fused in 3-D, compressed-tensors' stores all experts one by one. Tokenizer
+    files are not written: tokenizer.save_pretrained(path) does it.
 
     Args:
         model: a transformers model whose packed weights (:class:`fx_nvfp4.NVFP4Weight`) are all weight-only, or all
             have static activation scales.
-        path: a folder, made if need be; what it holds of such files is overwritten.
+        path: a folder, made if need be; a checkpoint that it holds is replaced.
         producer: "modelopt" (global scales as multipliers) or "compressed-tensors" (as reciprocals).
         shard_size: bytes of one safetensors file, at most.
 

@@ -7,7 +7,7 @@ from typing import Any
 from ..format import BLOCK
 from .formats import COMPRESSED_TENSORS, Convention
 
-# The releases whose files ours are like, byte for byte in the tests.
+# The releases whose entries ours equal; loaders choose by the name.
 _MODELOPT = {"name": "modelopt", "version": "0.47.0"}
 _COMPRESSED_TENSORS = "0.19.0"
 

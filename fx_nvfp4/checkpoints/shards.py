@@ -15,7 +15,7 @@ Files = list[tuple[Path, list[str]]]  # a file, and the names of its tensors
 
 
 def write_shards(folder: Path, groups: Iterable[dict[str, Tensor]], limit: int) -> None:
-    """Write all tensors; those of one group share a file, and a file has about limit bytes at most.
+    """Write all tensors; those of one group share a file, and a file has limit bytes at most, or one group.
 
     One file is model.safetensors; several have an index. Files of these names that were there are gone afterwards;
     where this raises, they are as before.
@@ -25,7 +25,7 @@ def write_shards(folder: Path, groups: Iterable[dict[str, Tensor]], limit: int) 
         total = _write_all(folder, groups, limit, files)
     except BaseException:
         for file, _ in files:
-            file.unlink()
+            file.unlink(missing_ok=True)
         raise
     _name(folder, files, total)
 
@@ -37,19 +37,19 @@ def _write_all(folder: Path, groups: Iterable[dict[str, Tensor]], limit: int, fi
     for group in groups:
         added = sum(t.numel() * t.itemsize for t in group.values())
         if pending and size + added > limit:
-            files.append(_write(folder, len(files), pending))
+            _write(folder, files, pending)
             pending, size = {}, 0
         # Copies: what is stored are parts of larger tensors, which safetensors would take for shared memory.
         pending.update({name: t.detach().to("cpu", copy=True).contiguous() for name, t in group.items()})
         size, total = size + added, total + added
-    files.append(_write(folder, len(files), pending))
+    _write(folder, files, pending)
     return total
 
 
-def _write(folder: Path, number: int, tensors: dict[str, Tensor]) -> tuple[Path, list[str]]:
-    file = folder / f"unfinished-{number + 1:05}.safetensors"
+def _write(folder: Path, files: Files, tensors: dict[str, Tensor]) -> None:
+    file = folder / f"unfinished-{len(files) + 1:05}.safetensors"
+    files.append((file, list(tensors)))
     safetensors.torch.save_file(tensors, file, {"format": "pt"})
-    return file, list(tensors)
 
 
 def _name(folder: Path, files: Files, total: int) -> None:
