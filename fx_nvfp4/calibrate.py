@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -39,7 +39,7 @@ class Calibration:
     unreached: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        lines = [f"calibrate: {len(self.amax)} weights, {len(self.borrowed)} experts without a token"]
+        lines = [f"calibrate: {len(self.amax)} weights, {len(self.borrowed)} weights of experts without a token"]
         for text, names in (("largest scale of its layer", self.borrowed), ("not calibrated", self.unreached)):
             lines += [f"{text}: {shorten(names)}"] if names else []
         return "\n".join(lines)
@@ -99,11 +99,13 @@ def calibrate(model: nn.Module) -> Iterator[Calibration]:
 def _calibrated(model: nn.Module, weights: dict[str, NVFP4Weight], calibration: Calibration) -> dict[str, NVFP4Weight]:
     """The weights with their scales; what borrows, and what has none, is noted."""
     _check(calibration.amax)
-    lent = {name: peers for peers in _peers(model, weights) for name in peers}
+    lent: dict[str, Tensor] = {}
+    for peers in _peers(model, weights):
+        lent.update(dict.fromkeys(peers, torch.stack([calibration.amax[peer] for peer in peers]).amax()))
     after = {}
     for name, weight in weights.items():
         amax = calibration.amax[name]
-        largest = torch.stack([calibration.amax[peer].amax() for peer in lent.get(name, [name])]).amax()
+        largest = lent.get(name, amax.amax())
         if largest == 0:
             calibration.unreached.append(name)
             after[name] = weight.replace(activations=UNCALIBRATED, act_scale=None)
@@ -126,15 +128,14 @@ def _check(amax: dict[str, Tensor]) -> None:
         )
 
 
-def _peers(model: nn.Module, weights: dict[str, NVFP4Weight]) -> Iterator[list[str]]:
+def _peers(model: nn.Module, weights: Iterable[str]) -> Iterator[list[str]]:
     """Names of the same weight of every expert, for each list of experts."""
-    for path, experts in find_lists(model):
+    for path, _ in find_lists(model):
         inside: dict[str, list[str]] = {}
-        for index in experts._modules:
-            prefix = f"{path}.{index}."
-            for name in weights:
-                if name.startswith(prefix):
-                    inside.setdefault(name.removeprefix(prefix), []).append(name)
+        for name in weights:
+            if name.startswith(f"{path}."):
+                _, _, same = name.removeprefix(f"{path}.").partition(".")
+                inside.setdefault(same, []).append(name)
         yield from inside.values()
 
 

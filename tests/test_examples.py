@@ -41,6 +41,6 @@ def test_quantize_model_compiles_to_eager_and_loads_what_it_saved(tmp_path):
     amax, mse = (re.search(rf"by {rule}: squared error of weights (.*), of", output)[1] for rule in ("amax", "mse"))
     assert float(mse) < 0.85 * float(amax)
     assert "quantize_: 12 weights packed, 4 left alone" in output
-    assert "calibrate: 12 weights, 0 experts without a token" in output
+    assert "calibrate: 12 weights, 0 weights of experts without a token" in output
     assert float(re.search(r"largest difference to eager (\S+)", output)[1]) < 1e-4
     assert output.count("loaded: logits are the same") == 2

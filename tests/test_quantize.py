@@ -198,8 +198,18 @@ def test_odd_sizes_are_left_and_named():
     assert model.nvfp4_quantization.left_alone == {"odd.weight": "the input dim of [32, 24] is not whole blocks of 16"}
 
 
+class Tables(nn.Module):
+    """Tokens and positions of an image encoder, and tables for each of two halves."""
+
+    def __init__(self):
+        super().__init__()
+        self.token, self.positions = (nn.Parameter(torch.zeros(1, n, 32)) for n in (1, 64))
+        self.halves = nn.Module()
+        self.halves.a, self.halves.b = (nn.Parameter(torch.zeros(2, n, 32)) for n in (16, 64))
+
+
 def test_convolutions_and_tables_are_not_experts():
-    model = nn.Sequential(nn.Conv1d(16, 16, 16), nn.Bilinear(16, 16, 16), nn.Linear(16, 16))
+    model = nn.Sequential(nn.Conv1d(16, 16, 16), nn.Bilinear(16, 16, 16), nn.Linear(16, 16), Tables())
     quantize_(model)
     assert model.nvfp4_quantization.packed == ["2.weight"]
 

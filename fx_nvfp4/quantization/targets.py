@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
 
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -33,7 +33,7 @@ def reason_to_leave(module: nn.Module, fqn: str) -> str | None:
     if leaf in _ROUTERS or "router" in fqn:
         return "a router"
     weights = [weight for _, weight in packable(module)]
-    if not weights or (not isinstance(module, nn.Linear) and not _are_experts(weights)):
+    if not weights or not (isinstance(module, nn.Linear) or _are_experts(module, weights)):
         return "no weight of a linear layer or of experts"
     odd = [list(w.shape) for w in weights if all(size % BLOCK for size in _input_sizes(module, w))]
     return f"the input dim of {odd[0]} is not whole blocks of {BLOCK}" if odd else None
@@ -48,9 +48,13 @@ def packable(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [(name, p) for name, p in found if p.dtype in X_DTYPES and not isinstance(p.data, NVFP4Weight)]
 
 
-def _are_experts(weights: list[Tensor]) -> bool:
-    """Whether 3-D weights are up and down weights of as many experts; one alone may be a kernel or a table."""
-    return len(weights) > 1 and len({w.shape[0] for w in weights}) == 1
+def _are_experts(module: nn.Module, weights: list[Tensor]) -> bool:
+    """Whether 3-D weights are up and down weights of as many experts, and no kernels or tables."""
+    experts = {w.shape[0] for w in weights}
+    if tells_layout(module) or len(experts) != 1 or experts == {1}:
+        return tells_layout(module)
+    shapes = [tuple(w.shape[1:]) for w in weights]
+    return _told(module) is not None or any(up == down[::-1] for up, down in itertools.combinations(shapes, 2))
 
 
 def _input_sizes(module: nn.Module, weight: Tensor) -> list[int]:
@@ -80,12 +84,9 @@ def _told(module: nn.Module) -> bool | None:
     if tells_layout(module):
         return experts_layout(module).transposed
     shapes = [tuple(w.shape[1:]) for _, w in packable(module)]
-    fitting = {t for t in (False, True) if any(_fits(up, down, t) for up, down in _pairs(shapes))}
+    pairs = list(itertools.permutations(shapes, 2))
+    fitting = {t for t in (False, True) if any(_fits(up, down, t) for up, down in pairs)}
     return fitting.pop() if len(fitting) == 1 else None
-
-
-def _pairs(shapes: list[tuple[int, ...]]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    return ((up, down) for up in shapes for down in shapes)
 
 
 def _fits(up: tuple[int, ...], down: tuple[int, ...], transposed: bool) -> bool:
