@@ -24,6 +24,7 @@ from .found import Almost, Refused
 from .known import Known
 from .nodes import arguments, hint, same_size, shape_of
 from .place import origin, where
+from .rounding import check_result
 from .search import candidates, find_units, why_none
 
 aten = torch.ops.aten
@@ -79,7 +80,12 @@ def _find(units: tuple[Unit, ...], known: Known) -> Block | Refused:
     for candidate in candidates(units):
         found = known.prove(candidate)
         if isinstance(found, Block):
-            return found
+            try:
+                check_result(candidate)  # by its readers, which no proof knows
+            except Refused as refused:
+                found = refused
+            else:
+                return found
         if reason is None or (isinstance(found, Almost) and not isinstance(reason, Almost)):
             reason = found
     return reason or why_none(units)

@@ -20,6 +20,7 @@ from .block import Block, Candidate
 from .combine import Combine
 from .found import Almost, Refused
 from .nodes import Sizes, assuming, between, elements, is_size, is_tensor, shape_of
+from .rounding import check_inside
 from .routing import CannotTry, Routing
 from .rows import Rows, Setting, follow
 from .sample import OutOfRange
@@ -45,6 +46,8 @@ def prove(candidate: Candidate) -> Block:
         raise Refused("not all experts are used", "give every expert its rows")
     if any(not g.same_as(block.gating) for g in block.gatings if g is not None):
         raise Refused("experts have different activations", "give all experts of a block the same")
+    ups = [up.bias for g in block.gatings if g is not None for up in g.ups if up.bias is not None]
+    check_inside(candidate, nodes, dict.fromkeys((*ups, *block.down_biases)))
     return block
 
 

@@ -391,6 +391,51 @@ def test_capacity_for_every_token_and_for_few():
     assert "slots are dropped" in not_lifted(dispatch(T - 1))
 
 
+def wide_sum(m, x, weights, ids):
+    """Results in x's dtype, weighted and summed in fp32."""
+    return indexed(m, x, weights, ids, combine=lambda y, w: (y.float() * w.float().unsqueeze(-1)).sum(dim=1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("change", [lambda y, x: y, lambda y, x: y + x, lambda y, x: (y + x.float()).to(x.dtype)])
+def test_sums_in_fp32_that_are_used_in_fp32_are_not_rounded(change, dtype):
+    """The op's result has the products' dtype: what reads the sum's other digits must find them."""
+    model, x = Block(lambda m, x, *a: change(wide_sum(m, x, *a), x), dtype=dtype), x_of(dtype=dtype)
+    assert "float32 and used as such" in not_lifted(model, dtype=dtype)
+    run = torch.compile(model, backend="nvfp4_emu", options={"codegen": False})
+    with torch.no_grad():
+        torch.testing.assert_close(run(x), model(x), rtol=0, atol=2**-18)
+
+
+def test_sums_in_fp32_that_are_rounded_right_after_are_lifted():
+    for shape in ((T, H), (1, T, H)):
+        body = lambda m, x, *a, s=shape: wide_sum(m, x, *a).view(s).to(x.dtype)  # noqa: E731
+        lifted(Block(body, dtype=torch.bfloat16), dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("place", ["up", "down"])
+def test_biases_that_are_added_in_fp32_are_not_rounded(place):
+    def body(m, x, weights, ids):
+        flat = ids.flatten()
+        up = m.up(ops.indexed, x.repeat_interleave(A, dim=0), flat)
+        h = swiglu(up.float() + m.up_bias[flat].float() if place == "up" else up).to(x.dtype)
+        y = m.down(ops.indexed, h, flat)
+        y = y.float() + m.down_bias[flat].float() if place == "down" else y
+        return (y.view(*ids.shape, H) * weights.unsqueeze(-1)).sum(dim=1).to(x.dtype)
+
+    assert "is added in float32" in not_lifted(Block(body, dtype=torch.bfloat16), dtype=torch.bfloat16)
+
+
+def test_products_in_two_dtypes_stay_apart():
+    def body(m, x, weights, ids):
+        flat = ids.flatten()
+        h = swiglu(m.up(ops.indexed, x.repeat_interleave(A, dim=0), flat).float())
+        y = m.down(ops.indexed, h, flat)
+        return (y.view(*ids.shape, H) * weights.unsqueeze(-1)).sum(dim=1).to(x.dtype)
+
+    assert "bfloat16 and float32" in not_lifted(Block(body, dtype=torch.bfloat16), dtype=torch.bfloat16)
+
+
 def test_shared_experts_stay_beside():
     def shared(m, x, weights, ids):
         return grouped(m, x, weights, ids) + m.expert(0, x) * F.linear(x, m.router[:1]).sigmoid()
