@@ -103,3 +103,19 @@ def test_passes_are_imported_under_one_name(path):
 def test_no_file_outgrows_one_responsibility():
     long = {str(p.relative_to(ROOT)): n for p in FILES if (n := len(p.read_text().splitlines())) > 400}
     assert not long
+
+
+def test_every_refusal_says_what_would_make_it_match():
+    """A reason without advice leaves the reader of a report with nothing to do."""
+    refusals = {"Refused", "Refusal", "Almost", "UnknownScale", "CannotTry", "CannotRewriteError"}
+    found, silent = 0, []
+    for path in FILES:
+        for call in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(call, ast.Call) or getattr(call.func, "id", None) not in refusals:
+                continue
+            found += 1
+            last = call.args[-1]
+            if len(call.args) < 2 or (isinstance(last, ast.Constant) and not last.value):
+                silent.append(f"{path.name}:{call.lineno}")
+    assert found > 50
+    assert not silent
