@@ -163,7 +163,7 @@ def _weights(emit: Emitter, c: Candidate, ids: Node) -> Node:
         return emit.reshape(c.weights, [-1, c.slots])
     if ids.meta["val"].dtype != torch.int64:
         ids = emit(prims.convert_element_type.default, ids, torch.int64)
-    inside = emit(aten.clamp.default, ids, 0, c.experts - 1)
+    inside = emit(aten.clamp_max.default, emit(aten.clamp_min.default, ids, 0), c.experts - 1)
     return emit(aten.gather.default, emit.reshape(c.weights, [-1, c.experts]), 1, inside)
 
 

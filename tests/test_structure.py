@@ -1,9 +1,12 @@
 """The import rule: format <- tensor <- checkpoint; kernels import nothing of ours; passes know no kernel."""
 
 import ast
+import re
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "fx_nvfp4").rglob("*.py")) + sorted((ROOT / "passes").glob("*.py"))
@@ -119,3 +122,22 @@ def test_every_refusal_says_what_would_make_it_match():
                 silent.append(f"{path.name}:{call.lineno}")
     assert found > 50
     assert not silent
+
+
+def test_inductor_lowers_what_passes_emit():
+    """What it has decomposed before our pass runs, clamp among it, it no longer knows: generating code would fail."""
+    from torch._inductor.decomposition import decompositions
+    from torch._inductor.lowering import lowerings
+
+    found, unknown = 0, []
+    for path in (ROOT / "passes").glob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text())):
+            text = ast.unparse(call.args[0]) if isinstance(call, ast.Call) and call.args else ""
+            if not re.fullmatch(r"(aten|prims)\.\w+\.\w+", text) or "emit" not in ast.unparse(call.func):
+                continue
+            found += 1
+            op = attrgetter(text)(torch.ops)
+            if op in decompositions and op not in lowerings:
+                unknown.append(f"{path.name}:{call.lineno} {op}")
+    assert found > 30
+    assert not unknown
