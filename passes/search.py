@@ -15,6 +15,7 @@ from torch import fx
 from torch.fx import Node
 
 from .block import Candidate, Unit
+from .cone import GATHERING
 from .expert_products import ExpertProduct, expert_product
 from .found import Refused
 from .nodes import arguments, between, elements, is_size, is_tensor, shape_of
@@ -188,8 +189,7 @@ def _is_float(node: Node) -> bool:
 def candidates(units: tuple[Unit, ...]) -> Iterator[Candidate]:
     """Where the block of some units may lie, the likeliest first."""
     ends = list(joins(units))
-    near, far = _path(units[0].ups[0].x)[-1], _path(units[0].ups[0].x, through_products=True)[-1]
-    for x in dict.fromkeys((near, far)):
+    for x in dict.fromkeys(path[-1] for path in _paths(units[0].ups[0].x)):
         yield from _with_tokens(units, x, ends)
 
 
@@ -297,9 +297,16 @@ def _inside(units: tuple[Unit, ...], last: Node, x: Node | None = None) -> set[N
             found.add(node)
     for unit in units:
         for up in unit.ups:
-            path = _path(up.x, through_products=True)
+            path: list[Node] = next((path for path in _paths(up.x) if x in path), [])
             found.update(path[: path.index(x)] if x in path else ())
     return found
+
+
+def _paths(node: Node) -> Iterator[list[Node]]:
+    """Ways from an up product's x back to nodes that may be the tokens, the likeliest first."""
+    yield _path(node)
+    yield _path(node, through_products=True)
+    yield _gathered(node)
 
 
 def _path(node: Node, through_products: bool = False) -> list[Node]:
@@ -317,6 +324,20 @@ def _path(node: Node, through_products: bool = False) -> list[Node]:
         path.append(source)
         node = source
     return path
+
+
+def _gathered(node: Node) -> list[Node]:
+    """Like `_path` for tokens of one expert each: rows that are gathered, then masked, are no fewer before."""
+    path = [node]
+    while node.op == "call_function" and is_tensor(node):
+        source = _moved(node) or _computed(node, False)
+        if source is None:
+            break
+        if node.target in GATHERING:
+            return path + _path(source)
+        path.append(source)
+        node = source
+    return path[:1]
 
 
 def _moved(node: Node) -> Node | None:
