@@ -18,7 +18,7 @@ aten = torch.ops.aten
 prims = torch.ops.prims
 
 BYTES = (torch.uint8, torch.int8, torch.float4_e2m1fn_x2)  # dtypes that packed codes come in
-WORDS = (torch.int32, torch.uint32, torch.int16, torch.uint16)  # and those that ids and places come in too
+WORDS = (torch.int64, torch.int32, torch.uint32, torch.int16, torch.uint16)  # and those that ids and places come in too
 
 _CODED = (torch.float4_e2m1fn_x2, torch.float8_e4m3fn, torch.float8_e8m0fnu, torch.float8_e5m2)
 _MAX_CONE = 4000
