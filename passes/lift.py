@@ -25,7 +25,7 @@ from .known import Known
 from .nodes import arguments, hint, same_size, shape_of
 from .place import origin, where
 from .rounding import check_result
-from .search import candidates, find_units, why_none
+from .search import candidates, find_units, why_none, why_trained
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -88,7 +88,7 @@ def _find(units: tuple[Unit, ...], known: Known) -> Block | Refused:
                 return found
         if reason is None or (isinstance(found, Almost) and not isinstance(reason, Almost)):
             reason = found
-    return reason or why_none(units)
+    return why_trained(units) or reason or why_none(units)
 
 
 def _entry(units: tuple[Unit, ...], block: Block | Refused, names: Mapping[Node, str]) -> report.Block:

@@ -13,10 +13,9 @@ from torch.fx import Node
 
 from .block import Candidate
 from .found import Almost, Refused
+from .gathering import CASTS
 from .nodes import is_size, is_tensor
 from .sample import MOVES
-
-_CASTS = {torch.ops.prims.convert_element_type.default, torch.ops.aten._to_copy.default}
 
 
 def check_inside(c: Candidate, tokens: frozenset[Node], biases: Iterable[Node]) -> None:
@@ -52,7 +51,7 @@ def _is_rounded(node: Node, dtype: torch.dtype) -> bool:
 
 
 def _rounds(user: Node, dtype: torch.dtype) -> bool:
-    if user.target in _CASTS:
+    if user.target in CASTS:
         return bool(user.meta["val"].dtype == dtype)
     return user.op == "call_function" and MOVES.of(user) is not None and _is_rounded(user, dtype)
 

@@ -5,6 +5,7 @@ that models are written in.
 """
 
 import re
+import types
 
 import pytest
 import torch
@@ -708,14 +709,47 @@ def test_routing_that_is_used_outside_is_no_obstacle():
     assert names == ["moe"]
 
 
-def test_training_keeps_products_apart():
-    model = Block(dense)
+def trained(body, what):
+    """The report's block of a model of which one input, x or the router, has a gradient, which is eager's."""
+    model, x = Block(body), x_of()
+    leaf = (x if what == "x" else model.router).requires_grad_()
+    model(x).square().sum().backward()
+    want, leaf.grad = leaf.grad, None
     torch._dynamo.reset()
-    x = x_of().requires_grad_()
+    options = {"codegen": False, "force_disable_caches": True}
     with collect_reports() as report:
-        options = {"codegen": False, "force_disable_caches": True}
-        torch.compile(model, backend="nvfp4_emu", options=options)(x).sum().backward()
-    assert ["needed for gradients" in b.reason for b in report.blocks] == [True]
+        torch.compile(model, backend="nvfp4_emu", options=options)(x).square().sum().backward()
+    torch.testing.assert_close(leaf.grad, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+    (block,) = report.blocks
+    return block
+
+
+@pytest.mark.parametrize("what", ["x", "router"])
+@pytest.mark.parametrize("body", [dense, grouped, on_input])
+def test_training_keeps_products_apart(body, what):
+    block = trained(body, what)
+    assert not block.lifted
+    assert "needed for gradients" in block.reason
+    assert "no_grad" in block.advice
+
+
+def test_slots_that_a_trained_router_weights_are_one_op():
+    """What it needs of them is their results alone."""
+    block = trained(indexed, "router")
+    assert (block.lifted, block.top_k) == (True, 1)
+
+
+def test_a_frozen_block_below_what_is_trained_is_lifted():
+    def body(m, x, weights, ids):
+        return grouped(m, x, weights, ids) @ m.router.T
+
+    model = Block(body, route=lambda m, x: top_k(types.SimpleNamespace(router=m.up_bias[:, :H]), x))
+    model.router.requires_grad_()
+    torch._dynamo.reset()
+    options = {"codegen": False, "force_disable_caches": True}
+    with collect_reports() as report:
+        torch.compile(model, backend="nvfp4_emu", options=options)(x_of()).sum().backward()
+    assert [b.lifted for b in report.blocks] == [True]
 
 
 def test_a_loop_over_gathered_tokens():
