@@ -83,7 +83,8 @@ def _ups(down: ExpertProduct, products: dict[Node, ExpertProduct]) -> tuple[Expe
             found[node] = products[node]
             continue
         if node.op != "call_function" or not _is_stepwise(node):
-            if node is down.x:
+            # A layer's own weight that takes rows from elsewhere too, a residual say, is no expert's.
+            if node is down.x or (not down.experts and elements(node) >= elements(down.x)):
                 return None
             continue
         new = [n for n in node.all_input_nodes if n not in seen and is_float(n)]

@@ -444,6 +444,21 @@ def test_shared_experts_stay_beside():
     assert lifted(Block(shared), beside=["linear", "linear"]).experts == E
 
 
+def test_projections_of_the_next_layer_are_no_experts():
+    """k and v after a norm: they take rows from a product of their own K, and integers say where results belong."""
+    first, second, k, v = (pack(*size, seed=5) for size in ((32, H), (H, 32), (32, H), (32, H)))
+
+    def layer(m, x, weights, ids):
+        x = x + indexed(m, x, weights, ids) + ops.linear(F.relu(ops.linear(x, *first)), *second)
+        x = x * x.square().mean(dim=-1, keepdim=True).rsqrt()
+        return torch.cat([ops.linear(x, *part) * m.table[m.positions] for part in (k, v)], dim=-1)
+
+    model = Block(layer)
+    model.register_buffer("positions", torch.arange(T))
+    model.register_buffer("table", torch.linspace(1, 2, 32 * T).view(T, 32))
+    lifted(model, beside=["linear"] * 4)
+
+
 def masked_scores(m, x, hidden=float("-inf"), squash=torch.sigmoid):
     """transformers' Llama 4: scores [T, E] of all experts, of which those that are not chosen are hidden."""
     scores = F.linear(x, m.router)
