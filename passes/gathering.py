@@ -25,7 +25,8 @@ def ways(node: Node) -> Iterator[list[Node]]:
     """Ways from an up product's x back to nodes that may be the tokens, the likeliest first."""
     yield way(node)
     yield way(node, through_products=True)
-    yield _gathered(node)
+    if gathered := _gathered(node):
+        yield gathered
 
 
 def way(node: Node, through_products: bool = False) -> list[Node]:
@@ -45,18 +46,18 @@ def way(node: Node, through_products: bool = False) -> list[Node]:
     return path
 
 
-def _gathered(node: Node) -> list[Node]:
+def _gathered(node: Node) -> list[Node] | None:
     """Like `way` for tokens of one expert each: rows that are gathered, then masked, are no fewer before."""
     path = [node]
     while node.op == "call_function" and is_tensor(node):
         source = _moved(node) or _computed(node, False)
         if source is None:
-            break
+            return None
         if node.target in GATHERING:
             return path + way(source)
         path.append(source)
         node = source
-    return path[:1]
+    return None
 
 
 def _moved(node: Node) -> Node | None:

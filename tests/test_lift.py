@@ -740,18 +740,12 @@ def trained(body, what):
 
 
 @pytest.mark.parametrize("what", ["x", "router"])
-@pytest.mark.parametrize("body", [dense, grouped, on_input])
+@pytest.mark.parametrize("body", [dense, grouped, indexed, on_input])
 def test_training_keeps_products_apart(body, what):
     block = trained(body, what)
     assert not block.lifted
     assert "needed for gradients" in block.reason
     assert "no_grad" in block.advice
-
-
-def test_slots_that_a_trained_router_weights_are_one_op():
-    """What it needs of them is their results alone."""
-    block = trained(indexed, "router")
-    assert (block.lifted, block.top_k) == (True, 1)
 
 
 def test_a_frozen_block_below_what_is_trained_is_lifted():
