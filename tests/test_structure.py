@@ -47,7 +47,11 @@ ALLOWED = {
     "tables": {"lowering", "report"},
     "kernel_choice": {"kernels", "report"},
     "inspect_table": {"checkpoints", "report_table"},
-    "cli": {"checkpoint", "checkpoints", "dialects", "explain", "inspect_table"},
+    "faithfulness": {
+        *("activation", "block", "checkpoint", "checkpoints", "faithfulness", "format"),
+        *("reference", "report_table", "tensor"),
+    },
+    "cli": {"checkpoint", "checkpoints", "dialects", "explain", "faithfulness", "inspect_table"},
     "__main__": {"cli"},
     "debug_files": {"report"},
     "graph_breaks": {"lowering", "report"},
