@@ -5,7 +5,8 @@ python benchmarks/bench_prepare.py --experts 16 64 --layers 8 --no-codegen
 
 The module loops over its experts by torch.where, which traces without prepare(), if it takes long. Sizes of the
 weights are small: compile time depends on the number of nodes, not on them. The second table is of whole models after
-prepare(), with the time that prepare() itself took. Every compilation starts from empty caches.
+prepare(), of half as many layers and of all, with the time that prepare() itself took, and what one layer adds.
+Every compilation starts from empty caches.
 """
 
 from __future__ import annotations
@@ -96,16 +97,22 @@ def one_layer(experts: Sequence[int], codegen: bool) -> None:
 
 
 def whole_model(layers: int, experts: int, codegen: bool) -> None:
-    model = model_of(layers, experts)
-    x = torch.randn(1, TOKENS, HIDDEN)
-    with torch.no_grad():
-        expected = model(x)
-    preparing, _ = timed(lambda: fx_nvfp4.prepare(model))
-    with torch.no_grad():
-        error = float((model(x) - expected).abs().max() / expected.abs().max())
-    seconds = compile_time(model, codegen)
-    print(f"\n{layers} layers of {experts} experts, prepared\n{'prepare()':>12}{'compile':>12}{'difference':>14}")
-    print(f"{preparing:10.1f} s{seconds:10.1f} s{error:14.1e}")
+    """Two sizes of one model: both times grow by the layer, and what the first layer has proven serves the others."""
+    print(f"\nmodels of {experts} experts a layer, prepared")
+    print(f"{'layers':>8}{'prepare()':>12}{'compile':>12}{'difference':>14}")
+    times = {}
+    for count in sorted({-(-layers // 2), layers}):
+        model, x = model_of(count, experts), torch.randn(1, TOKENS, HIDDEN)
+        with torch.no_grad():
+            expected = model(x)
+        preparing, _ = timed(lambda model=model: fx_nvfp4.prepare(model))
+        with torch.no_grad():
+            error = float((model(x) - expected).abs().max() / expected.abs().max())
+        times[count] = preparing, compile_time(model, codegen)
+        print(f"{count:8}{preparing:10.1f} s{times[count][1]:10.1f} s{error:14.1e}", flush=True)
+    (fewer, before), (more, after) = min(times.items()), max(times.items())
+    each = [(b - a) / (more - fewer) for a, b in zip(before, after, strict=True)] if more > fewer else after
+    print(f"{'a layer':>8}{each[0]:10.2f} s{each[1]:10.2f} s")
 
 
 def main() -> None:

@@ -5,21 +5,26 @@ model = torch.compile(fx_nvfp4.load(path), backend="nvfp4_emu")
 
 from . import activation, dispatch, format, moe, ops
 from .backend import nvfp4_emu
+from .calibrate import calibrate
 from .checkpoint import CheckpointError, load
 from .explain import explain
 from .prepare import prepare
+from .quantize import NVFP4Config, quantizable, quantize_
 from .report import NotEmulatedError, NVFP4Warning, Report
+from .save import save
 from .serialize import load_file, save_file
 from .tensor import NVFP4Weight
 
 __version__ = "0.1.0"
 __all__ = [
     "CheckpointError",
+    "NVFP4Config",
     "NVFP4Warning",
     "NVFP4Weight",
     "NotEmulatedError",
     "Report",
     "activation",
+    "calibrate",
     "dispatch",
     "explain",
     "format",
@@ -29,5 +34,8 @@ __all__ = [
     "nvfp4_emu",
     "ops",
     "prepare",
+    "quantizable",
+    "quantize_",
+    "save",
     "save_file",
 ]

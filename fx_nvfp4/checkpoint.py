@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,9 @@ from .checkpoints.plan import Plan, make_plan
 from .checkpoints.reader import Reader, checkpoint_folder, read_json
 from .checkpoints.scheme import read_scheme
 from .dialects import get_dialect
+from .tensor import NVFP4Weight
 
-__all__ = ["CheckpointError", "load"]
+__all__ = ["CheckpointError", "StoredWeights", "load", "read_weights"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ACTIVATIONS = ("checkpoint", "none")
@@ -78,6 +81,42 @@ def load(
     if generation_config is not None:
         model.generation_config = generation_config
     return model
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """Some packed weights of a checkpoint by parameter name, and which of them interleave gate and up rows."""
+
+    weights: dict[str, NVFP4Weight]
+    interleaved: frozenset[str]
+
+
+def read_weights(
+    path: str | Path,
+    device: torch.device | str,
+    choose: Callable[[Mapping[str, Any]], Collection[str]],
+) -> StoredWeights:
+    """Read only those packed weights of a checkpoint whose parameter names ``choose`` picks from all.
+
+    Raises:
+        CheckpointError, ImportError: as :func:`load`.
+    """
+    folder = checkpoint_folder(path)
+    config = read_json(folder / "config.json")
+    reader = Reader(folder)
+    scheme = read_scheme(folder, config, reader.metadata)
+    model = skeleton.build(config, None, folder / "config.json")
+    plan = make_plan(reader, scheme, model)
+    chosen = set(choose({**plan.packed, **plan.torchao}))
+    some = replace(
+        plan,
+        packed={name: p for name, p in plan.packed.items() if name in chosen},
+        torchao={name: w for name, w in plan.torchao.items() if name in chosen},
+        dense={},
+    )
+    assembler = Assembler(reader, torch.device(device), model.config.dtype, "hardware", progress=False)
+    weights = {name: weight for name, weight in assembler.tensors(some) if isinstance(weight, NVFP4Weight)}
+    return StoredWeights(weights, frozenset(name for name, p in some.packed.items() if p.layout.interleaved))
 
 
 def _install(model: Any, weights: dict[str, Tensor], plan: Plan) -> None:

@@ -1,4 +1,4 @@
-"""``python -m fx_nvfp4``: what a checkpoint holds, and what of a model is emulated, from a terminal."""
+"""``python -m fx_nvfp4``: what a checkpoint holds, what of a model is emulated, and how exactly, from a terminal."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from .checkpoint import CheckpointError, load
 from .checkpoints.inspect import inspect_checkpoint
 from .dialects import DIALECTS
 from .explain import explain
+from .faithfulness import checkpoint_cases, measure, random_cases
+from .faithfulness.plot import require_matplotlib, save_plot
+from .faithfulness.table import render_study
 from .inspect_table import LEVELS, render_inspection
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -52,11 +55,26 @@ def run_explain(args: argparse.Namespace) -> int:
     return 1 if args.strict and report.refused else 0
 
 
+def run_faithfulness(args: argparse.Namespace) -> int:
+    """Measure how far several ways of computing are from the exact sums."""
+    if args.plot:
+        require_matplotlib()
+    settings = {"tokens": _positive("faithfulness", args.tokens), "seed": args.seed, "device": _device(args.device)}
+    try:
+        cases = checkpoint_cases(args.checkpoint, layer=args.layer, **settings) if args.checkpoint else None
+        study = measure(random_cases(**settings) if cases is None else cases, settings["device"])
+        if args.plot:
+            save_plot(study, args.plot)
+    except (ValueError, OSError) as error:
+        raise UsageError(f"faithfulness: {error}") from error
+    print(json.dumps(study.to_dict(), indent=1) if args.json else render_study(study))
+    return 0
+
+
 def _from_checkpoint(args: argparse.Namespace) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     if args.checkpoint is None:
         raise UsageError("explain: give a checkpoint, or --module for a model of yours")
-    if args.tokens < 1:
-        raise UsageError(f"explain: --tokens must be at least 1, got {args.tokens}")
+    _positive("explain", args.tokens)
     model = load(
         args.checkpoint,
         _device(args.device),
@@ -97,6 +115,12 @@ def _factory(name: str) -> Callable[[], Any]:
     return factory
 
 
+def _positive(command: str, tokens: int) -> int:
+    if tokens < 1:
+        raise UsageError(f"{command}: --tokens must be at least 1, got {tokens}")
+    return tokens
+
+
 def _device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
@@ -118,7 +142,6 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("checkpoint", nargs="?", type=Path, help="folder of a checkpoint")
     source.add_argument("--module", metavar="PACKAGE.MODULE:FUNCTION", help="a function that returns (model, inputs)")
     explained.add_argument("--tokens", type=int, default=16, help="length of the prompt; default 16")
-    explained.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     explained.add_argument("--dtype", choices=_DTYPES, help="default: the checkpoint's")
     explained.add_argument(
         "--dialect", choices=["producer", *DIALECTS], default="hardware", help="rule for activations"
@@ -127,7 +150,20 @@ def _parser() -> argparse.ArgumentParser:
     explained.add_argument("--full", action="store_true", help="a line for every site, with its weight and kernel")
     explained.set_defaults(run=run_explain)
 
-    for command in (inspect, explained):
+    faithful = commands.add_parser(
+        "faithfulness", help="error of each way to compute, against exact sums", epilog=_EXIT
+    )
+    faithful.add_argument("checkpoint", nargs="?", type=Path, help="folder of a checkpoint; default random weights")
+    faithful.add_argument("--layer", type=int, help="which layer of the checkpoint; default the middle one")
+    faithful.add_argument("--tokens", type=int, default=64, help="rows of activations; default 64")
+    faithful.add_argument("--seed", type=int, default=0)
+    faithful.add_argument("--plot", type=Path, metavar="FILE", help="draw it too; needs matplotlib")
+    faithful.set_defaults(run=run_faithfulness)
+
+    for command in (explained, faithful):
+        command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    for command in (inspect, explained, faithful):
         command.add_argument("--json", action="store_true", help="data instead of a table")
+    for command in (inspect, explained):
         command.add_argument("--strict", action="store_true", help="exit with 1 on problems or refused sites")
     return parser

@@ -12,6 +12,8 @@ from torch import Tensor
 
 E2M1_MAX = 6.0
 E4M3_MAX = 448.0
+# Largest representable value before the global scale; amax / TWO_LEVEL_MAX is the global scale that uses it all.
+TWO_LEVEL_MAX = E2M1_MAX * E4M3_MAX
 
 _ONE_SIXTH = torch.tensor(1.0 / 6.0, dtype=torch.float32).item()
 
@@ -58,6 +60,15 @@ class Dialect:
 
     name = "hardware"
 
+    def global_scale(self, amax: Tensor) -> Tensor:
+        """float64 global scale at which amax, in the numbers' dtype, is the largest representable one; 1 for zeros.
+
+        Here the fp32 number next to amax / 2688 that is the reciprocal of its reciprocal, so that producers who store
+        the one and those who store the other read the same number.
+        """
+        reciprocal = 1.0 / (amax.float() / TWO_LEVEL_MAX)
+        return _or_one(1.0 / reciprocal)
+
     def amax(self, blocks: Tensor) -> Tensor:
         """Largest magnitude per block [..., 1]; the hardware's maximum ignores NaN."""
         magnitude = blocks.abs()
@@ -77,6 +88,11 @@ class Dialect:
     def value(self, code_value: Tensor, scale: Tensor, s: Tensor, g: Tensor) -> Tensor:
         """fp32 values of decoded codes; scale and s are multiplied first, as all producers do."""
         return code_value * (scale * s)
+
+
+def _or_one(scale: Tensor) -> Tensor:
+    """scale in float64, with 1 where there is none: for zeros, and what is too small to have a reciprocal."""
+    return torch.where((scale > 0) & scale.isfinite(), scale.double(), 1.0)
 
 
 def _unsigned_zero(x: Tensor, largest: float = 0.0) -> Tensor:
@@ -108,10 +124,14 @@ class Vllm(Dialect):
 
 
 class CompressedTensors(Dialect):
-    """compressed-tensors: amax / 6 rounded to the input's dtype, true division by scale / g, no zero scale."""
+    """compressed-tensors: 2688 / amax and amax / 6 rounded to the input's dtype, true division, no zero scale."""
 
     name = "compressed-tensors"
     zero_scale = 0.125
+
+    def global_scale(self, amax: Tensor) -> Tensor:
+        # Rounded to that dtype, and then read as the fp32 number that is stored.
+        return _or_one(1.0 / (TWO_LEVEL_MAX / amax).double())
 
     def amax(self, blocks: Tensor) -> Tensor:
         return _spreading_amax(blocks)
@@ -133,6 +153,9 @@ class ModelOpt(Dialect):
     name = "modelopt"
     smallest_scale = 2.0**-9
 
+    def global_scale(self, amax: Tensor) -> Tensor:
+        return _or_one(amax.float() / TWO_LEVEL_MAX)
+
     def amax(self, blocks: Tensor) -> Tensor:
         return _spreading_amax(blocks)
 
@@ -152,6 +175,9 @@ class TorchAO(Dialect):
 
     name = "torchao"
     smallest_scale = 2.0**-6
+
+    def global_scale(self, amax: Tensor) -> Tensor:
+        return _or_one(amax.float() / TWO_LEVEL_MAX)
 
     def amax(self, blocks: Tensor) -> Tensor:
         return _spreading_amax(blocks)

@@ -10,11 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .dialects import E2M1_MAX, E4M3_MAX, encode_e2m1, get_dialect
+from .dialects import TWO_LEVEL_MAX, encode_e2m1, get_dialect
 
 BLOCK = 16
-# Largest representable value before the global scale; amax / TWO_LEVEL_MAX is the global scale that uses it all.
-TWO_LEVEL_MAX = E2M1_MAX * E4M3_MAX
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 _SWIZZLE_ROWS, _SWIZZLE_COLS = 128, 4

@@ -25,6 +25,7 @@ from .reference import Activations
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 ACTIVATION_MODES = ("none", "static", "dynamic")
+UNCALIBRATED = "uncalibrated"  # of weights whose static scale is yet to be found; no op computes with it
 X_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _WEIGHT = "Tensor x, Tensor qdata, Tensor block_scale, Tensor global_scale"
@@ -75,6 +76,11 @@ def _check_routing(op: str, name: str, routing: Tensor, x: Tensor, length: int) 
 
 def check_activations(op: str, qdata: Tensor, act_scale: Tensor | None, activations: str) -> None:
     """Raise ValueError unless the mode is known and has the scale it needs."""
+    if activations == UNCALIBRATED:
+        raise ValueError(
+            f"{op}: codes {list(qdata.shape)} have static activations without a scale yet; run data through the model, "
+            "with fx_nvfp4.calibrate(model): model(x)"
+        )
     if activations not in ACTIVATION_MODES:
         raise ValueError(f"{op}: activations must be one of {ACTIVATION_MODES}, got {activations!r}")
     if activations != "static":

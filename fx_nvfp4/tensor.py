@@ -13,9 +13,11 @@ from torchao.utils import TorchAOBaseTensor
 
 from . import format as nvfp4
 from .dialects import get_dialect
-from .ops import ACTIVATION_MODES
+from .ops import ACTIVATION_MODES, UNCALIBRATED
 
 Dims = tuple[tuple[int, ...], ...]
+
+_MODES = (*ACTIVATION_MODES, UNCALIBRATED)
 
 
 class NVFP4Weight(TorchAOBaseTensor):
@@ -33,7 +35,8 @@ class NVFP4Weight(TorchAOBaseTensor):
         global_scale: float32 [.., N], the multiplier of each output row, so that gate, up and every expert
             keep their own exactly.
         orig_dtype: the dtype this weight shows: float32, bfloat16 or float16.
-        activations: "none" (W4A16), "static" (the left operand is rounded to NVFP4 with act_scale) or "dynamic".
+        activations: "none" (W4A16), "static" (the left operand is rounded to NVFP4 with act_scale), "dynamic", or
+            "uncalibrated": static, but :func:`fx_nvfp4.calibrate` is still to find the scale, and products raise.
         dialect: whose rule rounds activations, see :mod:`fx_nvfp4.dialects`.
         transposed: show [.., K, N], as models that multiply x @ weight store it.
         act_scale: float64 [] or [E], activation global scale as a multiplier; float64 so that the fp32
@@ -290,9 +293,9 @@ def _check(
         )
     if orig_dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"NVFP4Weight: orig_dtype must be float32, bfloat16 or float16, got {orig_dtype}")
-    if activations not in ACTIVATION_MODES:
-        raise ValueError(f"NVFP4Weight: activations must be one of {ACTIVATION_MODES}, got {activations!r}")
-    if (activations == "static") != (act_scale is not None):
+    if activations not in _MODES:
+        raise ValueError(f"NVFP4Weight: activations must be one of {_MODES}, got {activations!r}")
+    if activations != UNCALIBRATED and (activations == "static") != (act_scale is not None):
         raise ValueError("NVFP4Weight: act_scale must be given for static activations, and only for them")
     per_expert = [list(qdata.shape[:-2])] if qdata.dim() > 2 else []
     if act_scale is not None and (act_scale.dtype != torch.float64 or list(act_scale.shape) not in [[], *per_expert]):

@@ -128,7 +128,7 @@ class Combine:
         if bool(wrong.any()):
             lost = bool((got[wrong] == 0).all())
             what = "slots are dropped" if lost else f"slots are not weighted by {self.c.weights}"
-            part = f"in {100 * float(wrong.double().mean()):.2g}% of the elements tried"
+            part = f"in {100 * float(wrong.double().mean()):.3g}% of the elements tried"
             raise Refused(f"{what}, {part}", "weight every slot once by its routing weight, and drop none")
 
     def _check_all_slots(self, rows: Mapping[Node, Rows], weighted: str) -> None:

@@ -18,7 +18,7 @@ aten = torch.ops.aten
 prims = torch.ops.prims
 
 BYTES = (torch.uint8, torch.int8, torch.float4_e2m1fn_x2)  # dtypes that packed codes come in
-WORDS = (torch.int32, torch.uint32, torch.int16, torch.uint16)  # and those that ids and places come in too
+WORDS = (torch.int64, torch.int32, torch.uint32, torch.int16, torch.uint16)  # and those that ids and places come in too
 
 _CODED = (torch.float4_e2m1fn_x2, torch.float8_e4m3fn, torch.float8_e8m0fnu, torch.float8_e5m2)
 _MAX_CONE = 4000
@@ -37,7 +37,7 @@ _LAYOUT_ONLY = {
     *(aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default, aten.view.default, aten.reshape.default),
     *(prims.convert_element_type.default, aten._to_copy.default, aten._unsafe_view.default),
 }
-_GATHERING = {
+GATHERING = {
     *(aten.index.Tensor, aten._unsafe_index.Tensor, aten.embedding.default),
     *(aten.index_select.default, aten.gather.default),
 }
@@ -184,7 +184,7 @@ def _takes_codes_apart(user: Node, node: Node) -> bool:
     packet = getattr(user.target, "overloadpacket", None)
     if packet in (aten.div, aten.mul, aten.floor_divide):
         return any(arg in (16, 1 / 16) for arg in user.args[1:] if isinstance(arg, (int, float)))
-    if user.target in _GATHERING:
+    if user.target in GATHERING:
         return any(index is node for index, _ in _indices(user))
     return user.target is aten.view.dtype or (packet in _UNPACKING and packet is not aten.view)
 
@@ -199,7 +199,7 @@ def _is_unpacked(leaf: Node, cone: Mapping[Node, None]) -> bool:
                 continue
             if user.target is aten.view.dtype:
                 return True
-            if user.target in _LAYOUT_ONLY or user.target in (aten.permute.default, *_GATHERING, aten.slice.Tensor):
+            if user.target in _LAYOUT_ONLY or user.target in (aten.permute.default, *GATHERING, aten.slice.Tensor):
                 stack.append(user)
             elif getattr(user.target, "overloadpacket", None) in _UNPACKING:
                 return True
@@ -222,7 +222,7 @@ def _same_value(a: Any, b: Any) -> bool:
 
 def _indices(node: Node) -> list[tuple[Node, int]]:
     """(index tensor, size of the dimension that it indexes) of a gathering op."""
-    if node.target not in _GATHERING:
+    if node.target not in GATHERING:
         return []
     a = arguments(node)
     if node.target is aten.embedding.default:

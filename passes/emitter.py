@@ -21,7 +21,7 @@ _INHERITED = ("nn_module_stack", "stack_trace", "seq_nr", "partitioner_tag", "re
 class CannotRewriteError(Exception):
     """A recognised product that no op serves; carries reason and advice."""
 
-    def __init__(self, reason: str, advice: str = "") -> None:
+    def __init__(self, reason: str, advice: str) -> None:
         super().__init__(reason)
         self.reason, self.advice = reason, advice
 

@@ -97,6 +97,10 @@ class Refused(Exception):  # noqa: N818 - the way to a `Refusal`, not an error
         self.reason, self.advice = reason, advice
 
 
+class Almost(Refused):
+    """Raised by what is understood but for this one reason, which is a better one than what else was tried gives."""
+
+
 class UnknownScale(Refused):
     """What scales the codes besides block scales is no leaf as it is; a node computed from several may be."""
 

@@ -100,7 +100,10 @@ def _bias(operand: Operand, product: ExpertProduct, expert: Tensor, feature: Ten
     for rows, first in ((whole, product.first), (product.rows, 0)):
         if size == experts * rows and torch.equal(read, expert * rows + feature + first):
             return bias
-    raise Refused(f"{bias.name} {list(shape_of(bias))} is added to the up product, but is no bias of its rows", "")
+    raise Refused(
+        f"{bias.name} {list(shape_of(bias))} is added to the up product, but is no bias of its rows",
+        "add [experts, rows] by the expert and the row of each product",
+    )
 
 
 def read_gating(traced: Traced, halves: Sequence[Half], width: int, got: Tensor) -> Gating:
@@ -120,7 +123,10 @@ def read_gating(traced: Traced, halves: Sequence[Half], width: int, got: Tensor)
     size = (1 + ordered[0].values.float().abs()) * (1 + ordered[-1].values.float().abs())
     limit = torch.finfo(got.dtype).eps * _TOLERANCE * torch.maximum(size, expected.abs())
     if not bool(((got.float() - expected).abs() <= limit).all()):
-        raise Refused(f"the activation is not {text}, as which it was read", "")
+        raise Refused(
+            f"the activation is not {text}, as which it was read",
+            "spell it by pointwise ops, the same for all elements",
+        )
     return Gating(text, layout, _weights(ordered, layout))
 
 

@@ -15,7 +15,7 @@ from torch.fx import Node
 from .block import Block, Candidate
 from .found import Refused
 from .nodes import is_size, renamed
-from .proof import following, prove
+from .proof import prove, spreading
 from .sample import Unsupported
 
 
@@ -52,8 +52,7 @@ def _structure(c: Candidate) -> tuple[list[Node], Hashable]:
     for node in (*ends, *parts, *_below(c.out, {*ends, *parts})):
         numbers.setdefault(node, len(numbers))
     if c.per_expert and c.weights is not None:
-        follows = following(c.ids, c.weights)
-        for node in _below(c.weights, {c.ids}, follows):
+        for node in _below(c.weights, {c.ids}, spreading(c)):
             numbers.setdefault(node, len(numbers))
 
     def plain(arg: Any) -> Hashable:

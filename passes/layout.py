@@ -25,6 +25,7 @@ def _codes_per_element(dtype: torch.dtype) -> int:
 
 def find_qdata(probe: Probe) -> tuple[Read, int, int]:
     """The leaf read at k // 2 (for int32 k // 8), its dimension, and the operand's dimension K."""
+    _check_one_weight(probe)
     best: tuple[tuple[float, bool, int], Read, int, int, Tensor] | None = None
     for read in probe.packed:
         ratio = _codes_per_element(read.dtype)
@@ -51,6 +52,24 @@ def find_qdata(probe: Probe) -> tuple[Read, int, int]:
     if not same_size(read.node.meta["val"].shape[packed_dim] * _codes_per_element(read.dtype), probe.size(k_dim)):
         raise Refused(f"only part of {name}'s K is used", "slice the packed tensors, or use the whole of K")
     return read, packed_dim, k_dim
+
+
+def _check_one_weight(probe: Probe) -> None:
+    """Raise `Refused` if elements come from one or another packed tensor, each read at K // 2."""
+    parts = [r for r in probe.packed if not bool(r.seen.all()) and _is_packed_where_seen(probe, r)]
+    if len(parts) > 1 and int(sum(r.seen.sum() for r in parts)) == len(probe.coords):
+        names = ", ".join(r.node.name for r in parts)
+        raise Refused(
+            f"{len(parts)} packed weights are put together after they were dequantised ({names})",
+            "stack or concatenate their codes and scales and dequantise the whole, or multiply with each by itself",
+        )
+
+
+def _is_packed_where_seen(probe: Probe, read: Read) -> bool:
+    ratio = _codes_per_element(read.dtype)
+    at, index = probe.coords[read.seen], read.index[read.seen]
+    columns = itertools.product(range(index.shape[1]), range(at.shape[1]))
+    return any(probe.shape[k] >= BLOCK and torch.equal(index[:, d], at[:, k] // ratio) for d, k in columns)
 
 
 def _is_in_blocks(probe: Probe, qdata: Read, k_dim: int) -> bool:

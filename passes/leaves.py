@@ -57,7 +57,8 @@ def _virtual(dtype: torch.dtype, bits: Tensor) -> Tensor:
         return bits % 2 == 0
     if dtype.is_floating_point:
         return _virtual_floats(bits).to(dtype)
-    return (bits - (1 << 62) if dtype == torch.int64 else bits & 0xFFFFFFFF).to(dtype)
+    # Of an int64, the sign bit too: sixteen codes may lie in it.
+    return (bits << 1 ^ bits >> 61 if dtype == torch.int64 else bits & 0xFFFFFFFF).to(dtype)
 
 
 class Leaves:

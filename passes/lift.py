@@ -20,11 +20,12 @@ from .block import Block, Candidate, Unit
 from .emitter import CannotRewriteError, Emitter, shape
 from .expert_ids import count_from_zero
 from .expert_products import own_parts
-from .found import Refused
+from .found import Almost, Refused
 from .known import Known
 from .nodes import arguments, hint, same_size, shape_of
 from .place import origin, where
-from .search import candidates, find_units, why_none
+from .rounding import check_result
+from .search import candidates, find_units, why_none, why_trained
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -69,7 +70,7 @@ def lift(graph: fx.Graph, names: Mapping[Node, str]) -> Lifted:
 
 
 def _find(units: tuple[Unit, ...], known: Known) -> Block | Refused:
-    """The block of some units, or why there is none: the reason of the likeliest candidate."""
+    """The block of some units, or why there is none: the reason of the one nearest to a block."""
     if units[0].down.experts == 0:
         return Refused(f"its {len(units)} experts are weights by themselves", _PREPARE)
     if len(units) > 1 and sorted(u.expert or 0 for u in units) != list(range(units[0].down.experts)):
@@ -79,9 +80,15 @@ def _find(units: tuple[Unit, ...], known: Known) -> Block | Refused:
     for candidate in candidates(units):
         found = known.prove(candidate)
         if isinstance(found, Block):
-            return found
-        reason = reason or found
-    return reason or why_none(units)
+            try:
+                check_result(candidate)  # by its readers, which no proof knows
+            except Refused as refused:
+                found = refused
+            else:
+                return found
+        if reason is None or (isinstance(found, Almost) and not isinstance(reason, Almost)):
+            reason = found
+    return why_trained(units) or reason or why_none(units)
 
 
 def _entry(units: tuple[Unit, ...], block: Block | Refused, names: Mapping[Node, str]) -> report.Block:
@@ -156,7 +163,7 @@ def _weights(emit: Emitter, c: Candidate, ids: Node) -> Node:
         return emit.reshape(c.weights, [-1, c.slots])
     if ids.meta["val"].dtype != torch.int64:
         ids = emit(prims.convert_element_type.default, ids, torch.int64)
-    inside = emit(aten.clamp.default, ids, 0, c.experts - 1)
+    inside = emit(aten.clamp_max.default, emit(aten.clamp_min.default, ids, 0), c.experts - 1)
     return emit(aten.gather.default, emit.reshape(c.weights, [-1, c.experts]), 1, inside)
 
 

@@ -83,6 +83,10 @@ def is_tensor(node: Any) -> bool:
     return isinstance(node, Node) and isinstance(node.meta.get("val"), Tensor)
 
 
+def is_float(node: Any) -> bool:
+    return is_tensor(node) and node.meta["val"].is_floating_point()
+
+
 def is_size(node: Node) -> bool:
     """Whether a node is a number, such as a size, and no tensor."""
     return isinstance(node.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool, int, float))

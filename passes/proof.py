@@ -18,8 +18,9 @@ from fx_nvfp4.activation import parse
 
 from .block import Block, Candidate
 from .combine import Combine
-from .found import Refused
+from .found import Almost, Refused
 from .nodes import Sizes, assuming, between, elements, is_size, is_tensor, shape_of
+from .rounding import check_inside
 from .routing import CannotTry, Routing
 from .rows import Rows, Setting, follow
 from .sample import OutOfRange
@@ -45,6 +46,8 @@ def prove(candidate: Candidate) -> Block:
         raise Refused("not all experts are used", "give every expert its rows")
     if any(not g.same_as(block.gating) for g in block.gatings if g is not None):
         raise Refused("experts have different activations", "give all experts of a block the same")
+    ups = [up.bias for g in block.gatings if g is not None for up in g.ups if up.bias is not None]
+    check_inside(candidate, nodes, dict.fromkeys((*ups, *block.down_biases)))
     return block
 
 
@@ -67,7 +70,10 @@ def _worlds(c: Candidate) -> Iterator[tuple[Sizes, str]]:
 def _try(c: Candidate, nodes: frozenset[Node], kind: str, sizes: Sizes) -> Block:
     """The block as one world shows it."""
     if c.tokens * c.slots != elements(c.ids) or c.tokens * c.features != elements(c.out):
-        raise Refused(f"{c.ids.name} and {c.out.name} have other numbers of tokens than {c.x.name}", "")
+        raise Refused(
+            f"{c.ids.name} and {c.out.name} have other numbers of tokens than {c.x.name}",
+            "keep the tokens' dims through the whole block",
+        )
     dtype = torch.float32 if c.weights is None else c.weights.meta["val"].dtype
     world = make_world(c.tokens, c.slots, c.choices, dtype, kind)
     if c.weights is None:
@@ -111,12 +117,34 @@ def following(first: Node, last: Node) -> set[Node]:
     return found
 
 
-def _check_zero_elsewhere(c: Candidate, ids: Tensor, world: World, sizes: Sizes) -> None:
-    """Weights of all experts must be zero where ids say so, whatever else they are computed from."""
+def spreading(c: Candidate) -> set[Node]:
+    """Nodes below the weights of all experts that follow from ids, or from constants, such as masks' minus infinity."""
     assert c.weights is not None
-    follows = following(c.ids, c.weights)
+    found = following(c.ids, c.weights)
+    constant = Routing({}, frozenset(), {})
+    stack = [source for node in found if node is not c.ids for source in node.all_input_nodes]
+    while stack:
+        node = stack.pop()
+        if node not in found and not is_size(node) and constant.foreign(node) is None:
+            found.add(node)
+            stack += node.all_input_nodes
+    return found
+
+
+def _check_zero_elsewhere(c: Candidate, ids: Tensor, world: World, sizes: Sizes) -> None:
+    """Weights of all experts must be zero where ids say so, whatever else they are computed from but constants."""
+    assert c.weights is not None
+    if not c.distinct:
+        raise Refused(
+            f"{c.weights.name} are weights of all experts, and {c.ids.name} may name one twice, and count twice",
+            "choose experts by topk, or weight each slot",
+        )
+    follows = spreading(c)
     if c.weights not in follows:
-        raise Refused(f"{c.weights.name} are weights of all experts, not of those chosen by {c.ids.name}", "")
+        raise Refused(
+            f"{c.weights.name} are weights of all experts, not of those chosen by {c.ids.name}",
+            "scatter the weights of the chosen experts into zeros",
+        )
     roots, stack, seen = {c.ids: ids}, [c.weights], {c.weights}
     generator = torch.Generator().manual_seed(len(ids))
     while stack:
@@ -132,7 +160,10 @@ def _check_zero_elsewhere(c: Candidate, ids: Tensor, world: World, sizes: Sizes)
     share = Routing(roots, frozenset(), sizes).value(c.weights).reshape(-1, c.experts)
     chosen = world.spread(torch.ones(world.ids.shape), c.experts) > 0
     if not bool((share[~chosen] == 0).all()):
-        raise Refused(f"{c.weights.name} are not zero for experts that {c.ids.name} did not choose", "")
+        raise Refused(
+            f"{c.weights.name} are not zero for experts that {c.ids.name} did not choose",
+            "mask them to zero, or their scores to minus infinity before a sigmoid or softmax",
+        )
 
 
 def _is_dense(s: Setting, rows: dict[Node, Rows]) -> bool:
@@ -167,12 +198,12 @@ def _check_all_rows_are_slots(s: Setting) -> None:
         for unit in s.candidate.units:
             product = unit.products[number]
             if product.kind == "merged":
-                raise Refused("dynamic activation scales are taken over all experts at once", "use static scales")
+                raise Almost("dynamic activation scales are taken over all experts at once", "use static scales")
             expert = s.experts_of(unit, product, torch.arange(elements(product.x) // product.k))
             rows += int((expert >= 0).sum())
         if rows != slots:
             what = f"dynamic activation scales are taken over {rows} rows, of which {slots} are slots of tokens"
-            raise Refused(what, "use static scales, or multiply each expert by its own tokens alone")
+            raise Almost(what, "use static scales, or multiply each expert by its own tokens alone")
 
 
 def _check_zero_slots(block: Block) -> None:
@@ -185,7 +216,7 @@ def _check_zero_slots(block: Block) -> None:
         or any(u.bias is not None for g in gatings for u in g.ups)
     ):
         what = "tokens that did not choose an expert enter it as zeros, and do not leave it as zeros"
-        raise Refused(what, "weight the output, or use no bias and an activation that keeps zeros")
+        raise Almost(what, "weight the output, or use no bias and an activation that keeps zeros")
 
 
 def _token_nodes(c: Candidate) -> frozenset[Node]:

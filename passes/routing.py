@@ -125,7 +125,9 @@ class Routing:
         try:
             result = _call(node, args, kwargs)
         except (RuntimeError, IndexError, TypeError, NotImplementedError) as error:
-            raise CannotTry(f"{node.name} cannot be tried out: {str(error).splitlines()[0]}", "") from error
+            raise CannotTry(
+                f"{node.name} cannot be tried out: {str(error).splitlines()[0]}", "route by ops that a CPU has too"
+            ) from error
         self._bind(node.meta.get("val"), result)
         return result
 

@@ -73,7 +73,9 @@ def follow(s: Setting, unit: Unit, rows: Tensor) -> Rows:
     """What `rows` of the unit's down product are made of; raises `Refused` or `Unsupported`."""
     down, width = unit.down, unit.down.k
     if down.kind == "merged":
-        raise Refused(f"{down.node.name} takes the same rows for all experts", "")
+        raise Refused(
+            f"{down.node.name} takes the same rows for all experts", "give each expert what its own up product makes"
+        )
     if not len(rows):  # an expert without tokens
         return Rows(torch.full((elements(down.x) // width,), NOWHERE), "", None)
     row, column = _cross(s, rows, width)
@@ -148,7 +150,10 @@ def _weighted(s: Setting, unit: Unit, up: ExpertProduct, row: Tensor, token: Ten
         product = (x.float() * share.to(s.candidate.weights.meta["val"].dtype).float()).to(got.dtype)
         if torch.equal(got[seen], product[seen]):
             return "input"
-    raise Refused(f"the rows of {up.node.name} are neither those of {s.candidate.x.name} nor weighted by routing", "")
+    raise Refused(
+        f"the rows of {up.node.name} are neither those of {s.candidate.x.name} nor weighted by routing",
+        "multiply them by the weights of the chosen experts, and by zero for others, or weight the results",
+    )
 
 
 def _cross(s: Setting, rows: Tensor, width: int) -> tuple[Tensor, Tensor]:

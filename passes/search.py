@@ -17,7 +17,8 @@ from torch.fx import Node
 from .block import Candidate, Unit
 from .expert_products import ExpertProduct, expert_product
 from .found import Refused
-from .nodes import arguments, between, elements, is_size, is_tensor, shape_of
+from .gathering import CASTS, way, ways
+from .nodes import arguments, between, elements, is_float, is_size, is_tensor, shape_of
 from .routing import Routing
 from .sample import MOVES
 
@@ -40,8 +41,6 @@ _SAME_ORDER = {
     *(aten.view.default, aten.reshape.default, aten.clone.default, aten.alias.default, aten.detach.default),
     *(aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default),
 }
-_PARTS = {aten.slice.Tensor, aten.select.int, aten.slice_scatter.default, aten.select_scatter.default}
-_CASTS = {torch.ops.prims.convert_element_type.default, aten._to_copy.default}
 
 
 def find_units(graph: fx.Graph) -> list[tuple[Unit, ...]]:
@@ -84,10 +83,11 @@ def _ups(down: ExpertProduct, products: dict[Node, ExpertProduct]) -> tuple[Expe
             found[node] = products[node]
             continue
         if node.op != "call_function" or not _is_stepwise(node):
-            if node is down.x:
+            # A layer's own weight that takes rows from elsewhere too, a residual say, is no expert's.
+            if node is down.x or (not down.experts and elements(node) >= elements(down.x)):
                 return None
             continue
-        new = [n for n in node.all_input_nodes if n not in seen and _is_float(n)]
+        new = [n for n in node.all_input_nodes if n not in seen and is_float(n)]
         new += [n for n in node.all_input_nodes if n not in seen and isinstance(n.meta.get("val"), (tuple, list))]
         stack += new
         seen.update(new)
@@ -174,22 +174,17 @@ def joins(units: tuple[Unit, ...]) -> Iterator[Node]:
                 waiting[source] -= 1
                 unfinished -= not waiting[source]
         started += node in downs
-        if not unfinished and started == len(downs) and node not in downs and _is_float(node):
+        if not unfinished and started == len(downs) and node not in downs and is_float(node):
             found += MOVES.of(node) is None
             yield node
         waiting[node] = sum(not is_size(user) for user in node.users)
         unfinished += waiting[node] > 0
 
 
-def _is_float(node: Node) -> bool:
-    return is_tensor(node) and node.meta["val"].is_floating_point()
-
-
 def candidates(units: tuple[Unit, ...]) -> Iterator[Candidate]:
     """Where the block of some units may lie, the likeliest first."""
     ends = list(joins(units))
-    near, far = _path(units[0].ups[0].x)[-1], _path(units[0].ups[0].x, through_products=True)[-1]
-    for x in dict.fromkeys((near, far)):
+    for x in dict.fromkeys(path[-1] for path in ways(units[0].ups[0].x)):
         yield from _with_tokens(units, x, ends)
 
 
@@ -216,16 +211,28 @@ def _with_tokens(units: tuple[Unit, ...], x: Node, ends: list[Node]) -> Iterator
 
 def why_none(units: tuple[Unit, ...]) -> Refused:
     """Why there is no candidate."""
-    tags = {user.meta.get("partitioner_tag") for node in _inside(units, units[-1].down.node) for user in node.users}
-    if "is_backward" in tags:
-        return Refused("its intermediate values are needed for gradients", "its products run as ops, there and back")
     ends = list(joins(units))
     if not ends:
         return Refused("its intermediate values are used outside of it", "use only the sum of the experts' results")
-    x = _path(units[0].ups[0].x)[-1]
+    x = way(units[0].ups[0].x)[-1]
     if not any(elements(out) * units[0].ups[0].k == elements(x) * units[0].down.rows for out in ends):
         return Refused(f"there is no sum of what the experts give for each row of {x.name}", "sum over the slots")
     return Refused("no integers say which experts a token takes", "route by the ids of the top-k experts")
+
+
+def why_trained(units: tuple[Unit, ...]) -> Refused | None:
+    """The reason of a block whose values, up to what is summed, the backward pass reads."""
+    inside = _inside(units, units[-1].down.node)
+    stack = [unit.down.node for unit in units]
+    while stack:  # as a trained router reads the results that its weights multiply
+        new = [n for n in stack.pop().users if n not in inside and (n.target in CASTS or MOVES.of(n) is not None)]
+        inside.update(new)
+        stack += new
+    readers = (user for node in inside for user in node.users)
+    if any(user.meta.get("partitioner_tag") == "is_backward" for user in readers):
+        what = "its intermediate values are needed for gradients, of its input or of its routing weights"
+        return Refused(what, "freeze both, or run under torch.no_grad(); its products run as ops, there and back")
+    return None
 
 
 def _outside(units: tuple[Unit, ...], inside: set[Node]) -> set[Node]:
@@ -284,9 +291,9 @@ def _follow(nodes: Iterable[Node], given: tuple[Node, ...], inside: set[Node]) -
 
 def _is_parameter(node: Node) -> bool:
     """Whether a node is a float input of the graph, or a view or cast of one, such as a bias."""
-    while node.op == "call_function" and (MOVES.of(node) is not None or node.target in _CASTS) and is_tensor(node):
+    while node.op == "call_function" and (MOVES.of(node) is not None or node.target in CASTS) and is_tensor(node):
         node = node.all_input_nodes[0]
-    return node.op in ("placeholder", "get_attr") and is_tensor(node) and node.meta["val"].is_floating_point()
+    return node.op in ("placeholder", "get_attr") and is_float(node)
 
 
 def _inside(units: tuple[Unit, ...], last: Node, x: Node | None = None) -> set[Node]:
@@ -297,52 +304,9 @@ def _inside(units: tuple[Unit, ...], last: Node, x: Node | None = None) -> set[N
             found.add(node)
     for unit in units:
         for up in unit.ups:
-            path = _path(up.x, through_products=True)
+            path: list[Node] = next((path for path in ways(up.x) if x in path), [])
             found.update(path[: path.index(x)] if x in path else ())
     return found
-
-
-def _path(node: Node, through_products: bool = False) -> list[Node]:
-    """Nodes from an up product's x back to the tokens: moves, and casts and weights where that leads to fewer rows.
-
-    through_products: also products, by which rows may be chosen.
-    """
-    path = [node]
-    while node.op == "call_function" and is_tensor(node):
-        source = _moved(node)
-        if source is None:
-            inner = _computed(node, through_products)
-            beyond = [node] if inner is None else _path(inner, through_products)
-            return path + beyond if elements(beyond[-1]) < elements(node) else path
-        path.append(source)
-        node = source
-    return path
-
-
-def _moved(node: Node) -> Node | None:
-    """What a node holds rows of, as they are."""
-    if node.target is aten.cat.default:
-        return max(arguments(node).tensors, key=elements)
-    if MOVES.of(node) is not None and node.target not in _PARTS:
-        source = node.all_input_nodes[0]
-        return source if _is_float(source) else None
-    return None
-
-
-def _computed(node: Node, through_products: bool) -> Node | None:
-    """What a node holds rows of, cast, masked, put in places or multiplied by a number for each."""
-    if node.target in _CASTS:
-        return node.all_input_nodes[0]
-    if node.target is aten.index_put.default:
-        return arguments(node).values
-    if node.target in (aten.index_copy.default, aten.scatter.src, aten.slice_scatter.default):
-        return getattr(arguments(node), "source", None) or arguments(node).src
-    if through_products and node.target in (aten.bmm.default, aten.mm.default):
-        return node.args[1]  # type: ignore[return-value]
-    sides = [n for n in node.args if isinstance(n, Node) and _is_float(n)]
-    if node.target is aten.mul.Tensor or node.target is aten.where.self:
-        return max(sides, key=elements, default=None)  # type: ignore[arg-type,return-value]
-    return None
 
 
 def _routing_cone(outside: set[Node], x: Node) -> list[Node]:

@@ -5,6 +5,7 @@ that models are written in.
 """
 
 import re
+import types
 
 import pytest
 import torch
@@ -184,7 +185,8 @@ def not_lifted(model, *args, **kwargs):
     assert "moe" not in names, report
     (block,) = report.blocks
     assert not block.lifted
-    assert block.advice or block.reason
+    assert block.reason
+    assert block.advice
     return block.reason
 
 
@@ -390,11 +392,128 @@ def test_capacity_for_every_token_and_for_few():
     assert "slots are dropped" in not_lifted(dispatch(T - 1))
 
 
+def wide_sum(m, x, weights, ids):
+    """Results in x's dtype, weighted and summed in fp32."""
+    return indexed(m, x, weights, ids, combine=lambda y, w: (y.float() * w.float().unsqueeze(-1)).sum(dim=1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("change", [lambda y, x: y, lambda y, x: y + x, lambda y, x: (y + x.float()).to(x.dtype)])
+def test_sums_in_fp32_that_are_used_in_fp32_are_not_rounded(change, dtype):
+    """The op's result has the products' dtype: what reads the sum's other digits must find them."""
+    model, x = Block(lambda m, x, *a: change(wide_sum(m, x, *a), x), dtype=dtype), x_of(dtype=dtype)
+    assert "float32 and used as such" in not_lifted(model, dtype=dtype)
+    run = torch.compile(model, backend="nvfp4_emu", options={"codegen": False})
+    with torch.no_grad():
+        torch.testing.assert_close(run(x), model(x), rtol=0, atol=2**-18)
+
+
+def test_sums_in_fp32_that_are_rounded_right_after_are_lifted():
+    for shape in ((T, H), (1, T, H)):
+        body = lambda m, x, *a, s=shape: wide_sum(m, x, *a).view(s).to(x.dtype)  # noqa: E731
+        lifted(Block(body, dtype=torch.bfloat16), dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("place", ["up", "down"])
+def test_biases_that_are_added_in_fp32_are_not_rounded(place):
+    def body(m, x, weights, ids):
+        flat = ids.flatten()
+        up = m.up(ops.indexed, x.repeat_interleave(A, dim=0), flat)
+        h = swiglu(up.float() + m.up_bias[flat].float() if place == "up" else up).to(x.dtype)
+        y = m.down(ops.indexed, h, flat)
+        y = y.float() + m.down_bias[flat].float() if place == "down" else y
+        return (y.view(*ids.shape, H) * weights.unsqueeze(-1)).sum(dim=1).to(x.dtype)
+
+    assert "is added in float32" in not_lifted(Block(body, dtype=torch.bfloat16), dtype=torch.bfloat16)
+
+
+def test_products_in_two_dtypes_stay_apart():
+    def body(m, x, weights, ids):
+        flat = ids.flatten()
+        h = swiglu(m.up(ops.indexed, x.repeat_interleave(A, dim=0), flat).float())
+        y = m.down(ops.indexed, h, flat)
+        return (y.view(*ids.shape, H) * weights.unsqueeze(-1)).sum(dim=1).to(x.dtype)
+
+    assert "bfloat16 and float32" in not_lifted(Block(body, dtype=torch.bfloat16), dtype=torch.bfloat16)
+
+
 def test_shared_experts_stay_beside():
     def shared(m, x, weights, ids):
         return grouped(m, x, weights, ids) + m.expert(0, x) * F.linear(x, m.router[:1]).sigmoid()
 
     assert lifted(Block(shared), beside=["linear", "linear"]).experts == E
+
+
+def test_projections_of_the_next_layer_are_no_experts():
+    """k and v after a norm: they take rows from a product of their own K, and integers say where results belong."""
+    first, second, k, v = (pack(*size, seed=5) for size in ((32, H), (H, 32), (32, H), (32, H)))
+
+    def layer(m, x, weights, ids):
+        x = x + indexed(m, x, weights, ids) + ops.linear(F.relu(ops.linear(x, *first)), *second)
+        x = x * x.square().mean(dim=-1, keepdim=True).rsqrt()
+        return torch.cat([ops.linear(x, *part) * m.table[m.positions] for part in (k, v)], dim=-1)
+
+    model = Block(layer)
+    model.register_buffer("positions", torch.arange(T))
+    model.register_buffer("table", torch.linspace(1, 2, 32 * T).view(T, 32))
+    lifted(model, beside=["linear"] * 4)
+
+
+def masked_scores(m, x, hidden=float("-inf"), squash=torch.sigmoid):
+    """transformers' Llama 4: scores [T, E] of all experts, of which those that are not chosen are hidden."""
+    scores = F.linear(x, m.router)
+    top, ids = scores.topk(A, dim=-1)
+    return squash(torch.full_like(scores, hidden).scatter(1, ids, top).float()).to(x.dtype), None
+
+
+def repeated_input(m, x, share, _, act=swiglu, bias=None):
+    rows = x.repeat(len(m.up_q), 1) * share.transpose(0, 1).reshape(-1, 1)
+    y = m.up(ops.batched, rows.view(len(m.up_q), -1, H))
+    y = m.down(ops.batched, act(y if bias is None else y + bias[:, None]))
+    return y.view(len(m.up_q), -1, H).sum(dim=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("squash", [torch.sigmoid, lambda s: s.softmax(dim=-1)], ids=["sigmoid", "softmax"])
+def test_scores_of_all_experts_that_are_hidden_but_for_the_top(squash, dtype):
+    model = Block(repeated_input, lambda *a: masked_scores(*a, squash=squash), dtype)
+    block = lifted(model, [(T,), (12,)], dynamic=True, dtype=dtype)
+    assert (block.experts, block.top_k, block.style) == (E, A, "dense")
+
+
+NOT_HIDDEN = {
+    "scores that are only low": (repeated_input, lambda m, x: masked_scores(m, x, hidden=-9.0), "nor weighted by"),
+    "all experts count": (
+        repeated_input,
+        lambda m, x: (F.linear(x, m.router).softmax(dim=-1), None),
+        "no integers say",
+    ),
+    "a bias": (lambda m, *a: repeated_input(m, *a, bias=m.up_bias), masked_scores, "as zeros"),
+    "not zero of zeros": (
+        lambda *a: repeated_input(*a, act=lambda y: y[..., :WIDTH].sigmoid() * (y[..., WIDTH:] + 1)),
+        masked_scores,
+        "as zeros",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NOT_HIDDEN)
+def test_experts_that_are_not_hidden_stay_dense(name):
+    body, route, reason = NOT_HIDDEN[name]
+    found = not_lifted(Block(body, route))
+    assert re.search(reason, found), found
+
+
+def test_layers_that_hide_by_another_number_are_not_alike():
+    """A constant below the weights is part of what is proven."""
+
+    def layers(m, x, *_):
+        for hidden in (float("-inf"), -9.0):
+            x = x + repeated_input(m, x, *masked_scores(m, x, hidden))
+        return x
+
+    report, _ = compiled(Block(layers, route=lambda m, x: ()))
+    assert [b.lifted for b in report.blocks] == [True, False]
 
 
 def test_layers_that_are_alike_are_proven_once(monkeypatch):
@@ -605,14 +724,41 @@ def test_routing_that_is_used_outside_is_no_obstacle():
     assert names == ["moe"]
 
 
-def test_training_keeps_products_apart():
-    model = Block(dense)
+def trained(body, what):
+    """The report's block of a model of which one input, x or the router, has a gradient, which is eager's."""
+    model, x = Block(body), x_of()
+    leaf = (x if what == "x" else model.router).requires_grad_()
+    model(x).square().sum().backward()
+    want, leaf.grad = leaf.grad, None
     torch._dynamo.reset()
-    x = x_of().requires_grad_()
+    options = {"codegen": False, "force_disable_caches": True}
     with collect_reports() as report:
-        options = {"codegen": False, "force_disable_caches": True}
-        torch.compile(model, backend="nvfp4_emu", options=options)(x).sum().backward()
-    assert ["needed for gradients" in b.reason for b in report.blocks] == [True]
+        torch.compile(model, backend="nvfp4_emu", options=options)(x).square().sum().backward()
+    torch.testing.assert_close(leaf.grad, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+    (block,) = report.blocks
+    return block
+
+
+@pytest.mark.parametrize("what", ["x", "router"])
+@pytest.mark.parametrize("body", [dense, grouped, indexed, on_input])
+def test_training_keeps_products_apart(body, what):
+    block = trained(body, what)
+    assert not block.lifted
+    assert "needed for gradients" in block.reason
+    assert "no_grad" in block.advice
+
+
+def test_a_frozen_block_below_what_is_trained_is_lifted():
+    def body(m, x, weights, ids):
+        return grouped(m, x, weights, ids) @ m.router.T
+
+    model = Block(body, route=lambda m, x: top_k(types.SimpleNamespace(router=m.up_bias[:, :H]), x))
+    model.router.requires_grad_()
+    torch._dynamo.reset()
+    options = {"codegen": False, "force_disable_caches": True}
+    with collect_reports() as report:
+        torch.compile(model, backend="nvfp4_emu", options=options)(x_of()).sum().backward()
+    assert [b.lifted for b in report.blocks] == [True]
 
 
 def test_a_loop_over_gathered_tokens():

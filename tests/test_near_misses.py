@@ -352,3 +352,14 @@ def test_bytes_of_images(shape):
     image = torch.randint(0, 256, shape, dtype=torch.uint8)
     assert recognise(lambda im: (im.float() / 255).flatten(1), image)[0] is None
     assert recognise(lambda im: im.float().repeat_interleave(2, -1).flatten(1), image)[0] is None
+
+
+@pytest.mark.parametrize("join", [torch.stack, torch.cat])
+@pytest.mark.parametrize("count", [2, 3])
+def test_weights_that_are_put_together_after_they_were_dequantised(join, count):
+    parts = [part for _ in range(count) for part in packed(N, K)]
+
+    def fn(*parts):
+        return join([by_blocks(lookup(parts[2 * e]), parts[2 * e + 1].float()).to(BF16) for e in range(count)])
+
+    assert f"{count} packed weights are put together after they were dequantised" in refused(fn, *parts)

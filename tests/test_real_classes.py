@@ -87,7 +87,7 @@ CLASSES = [
             "head_dim": 16,
             "interleave_moe_layer_step": 1,
         },
-        {"": "batched"},
+        {"": "moe"},
     ),
     Class("GptOssForCausalLM", {"num_local_experts": EXPERTS, "num_experts_per_tok": 2, "head_dim": 16}, BOTH),
     Class("Glm4MoeForCausalLM", {**DEEPSEEK, "head_dim": 16}, BOTH),
@@ -161,11 +161,13 @@ def test_experts_become_the_op_and_logits_are_eagers(cls, how, activations):
         model.set_experts_implementation(how)
     report = check(model, tokens())
     experts = [m for m in report.matched if m.experts]
-    assert {m.op for m in experts} == {cls.how[how]}
+    # Llama 4's experts see all tokens, which a scale that is taken over their rows depends on.
+    op = "batched" if (how, activations) == ("", "dynamic") else cls.how[how]
+    assert {m.op for m in experts} == {op}
     assert {m.activations.split(",")[0] for m in experts} == {
         "W4A16" if activations == "none" else f"W4A4 {activations}"
     }
-    assert [b.lifted for b in report.blocks] == [cls.how[how] == "moe"] * LAYERS
+    assert [b.lifted for b in report.blocks] == [op == "moe"] * LAYERS
     # Every packed parameter runs as an op: experts, and all linear layers but the head.
     names = {n for n, p in model.named_parameters() if isinstance(p.data, NVFP4Weight)}
     assert {m.weight for m in report.matched} == names

@@ -122,15 +122,15 @@ def test_tables(entries, held):
 
 
 def words(order):
-    """Codes as int32 words, the k-th of eight at nibble order[k]."""
+    """Codes as int32 or int64 words, the k-th of eight or sixteen at nibble order[k]."""
 
     def pack(q):
-        codes = nvfp4.unpack(q).long().unflatten(-1, (-1, 8))
+        codes = nvfp4.unpack(q).long().unflatten(-1, (-1, len(order)))
         value = sum(codes[..., k] << 4 * place for k, place in enumerate(order))
-        return value.to(torch.uint32).view(torch.int32)
+        return value.to(torch.uint32).view(torch.int32) if len(order) == 8 else value
 
     def decode(q):
-        shifts = torch.tensor([4 * place for place in order], dtype=torch.int32)
+        shifts = torch.tensor([4 * place for place in order], dtype=q.dtype)
         return TABLE[((q[..., None] >> shifts) & 15)].flatten(-2)
 
     return pack, decode
@@ -148,6 +148,9 @@ PACKINGS = {  # how codes are stored -> (pack, decode)
     "int32, AWQ": words((0, 4, 1, 5, 2, 6, 3, 7)),
     "int16": (lambda q: q.view(torch.int16), lambda q: lookup(q.view(torch.uint8))),
     "uint32": (lambda q: q.view(torch.uint32), lambda q: lookup(q.view(torch.uint8))),
+    "int64": words(tuple(range(16))),
+    "int64, from the high end": words(tuple(range(16))[::-1]),
+    "int64 as bytes": (lambda q: q.view(torch.int64), lambda q: lookup(q.view(torch.uint8))),
     "[K/2, N]": (lambda q: q.mT.contiguous(), lambda q: lookup(q.mT)),
     "int32 [K/8, N]": (lambda q: words(RISING)[0](q).mT.contiguous(), lambda q: words(RISING)[1](q.mT)),
 }
@@ -163,9 +166,27 @@ def test_packings(name):
     dtype = DTYPES[len(name) % 3]
     model = TwoProducts(plain(decode, dtype), lambda q, s, g: (pack(q), s, g))
     report = check(model, dtype)
-    sorted_at_each_call = name in ("high nibble first", "[K/2, N]", "int32 [K/8, N]") or "int32 " in name
-    if name != "int32 as bytes":
+    sorted_at_each_call = name in ("high nibble first", "[K/2, N]", "int32 [K/8, N]") or name.startswith(
+        ("int32 ", "int64 ")
+    )
+    if not name.endswith("as bytes"):
         assert bool(report.matched[0].notes) == (sorted_at_each_call or "," in name)
+
+
+@pytest.mark.parametrize("code", [5, 9])
+def test_every_code_is_tried_in_the_highest_nibble_of_a_word(code):
+    """A word's sign bit is in it; one code of sixteen that decodes to something else there must be seen."""
+    pack, decode = PACKINGS["int64"]
+
+    def almost(q):
+        special = (q >> 60) & 15 == code
+        return decode(torch.where(special, q ^ (1 << 60), q))
+
+    model = TwoProducts(plain(almost, torch.float32), lambda q, s, g: (pack(q), s, g))
+    with torch.no_grad(), collect_reports() as report:
+        torch.compile(model, backend="nvfp4_emu", options={"codegen": False})(torch.randn(3, K), torch.randn(E, 3, K))
+    assert not report.matched
+    assert report.refused
 
 
 E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()

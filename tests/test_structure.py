@@ -1,9 +1,12 @@
 """The import rule: format <- tensor <- checkpoint; kernels import nothing of ours; passes know no kernel."""
 
 import ast
+import re
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "fx_nvfp4").rglob("*.py")) + sorted((ROOT / "passes").glob("*.py"))
@@ -31,8 +34,13 @@ ALLOWED = {
     "torchao_dispatch": {"dispatch", "lowering", "torchao_interop"},
     "serialize": {"tensor"},
     "fused": {"activation", "tensor"},
-    "preparation": {"preparation", "fused", "passes", "report", "tensor", "torchao_interop"},
+    "parameters": set(),
+    "preparation": {"preparation", "fused", "parameters", "passes", "report", "tensor", "torchao_interop"},
     "prepare": {"checkpoints", "preparation", "report", "tensor"},
+    "quantization": {"quantization", "checkpoints", "dialects", "format", "ops", "tensor"},
+    "quantize": {"quantization", "report", "tensor"},
+    "calibrate": {"dialects", "ops", "parameters", "preparation", "quantization", "report", "tensor"},
+    "save": {"checkpoints", "ops", "tensor"},
     "report_table": {"report"},
     "report": {"report_table"},
     "passes": {"passes", "activation", "format", "ops", "report"},
@@ -40,7 +48,11 @@ ALLOWED = {
     "tables": {"lowering", "report"},
     "kernel_choice": {"cpu", "kernels", "report"},
     "inspect_table": {"checkpoints", "report_table"},
-    "cli": {"checkpoint", "checkpoints", "dialects", "explain", "inspect_table"},
+    "faithfulness": {
+        *("activation", "block", "checkpoint", "checkpoints", "faithfulness", "format"),
+        *("reference", "report_table", "tensor"),
+    },
+    "cli": {"checkpoint", "checkpoints", "dialects", "explain", "faithfulness", "inspect_table"},
     "__main__": {"cli"},
     "debug_files": {"report"},
     "graph_breaks": {"lowering", "report"},
@@ -99,3 +111,38 @@ def test_passes_are_imported_under_one_name(path):
 def test_no_file_outgrows_one_responsibility():
     long = {str(p.relative_to(ROOT)): n for p in FILES if (n := len(p.read_text().splitlines())) > 400}
     assert not long
+
+
+def test_every_refusal_says_what_would_make_it_match():
+    """A reason without advice leaves the reader of a report with nothing to do."""
+    refusals = {"Refused", "Refusal", "Almost", "UnknownScale", "CannotTry", "CannotRewriteError"}
+    found, silent = 0, []
+    for path in FILES:
+        for call in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(call, ast.Call) or getattr(call.func, "id", None) not in refusals:
+                continue
+            found += 1
+            last = call.args[-1]
+            if len(call.args) < 2 or (isinstance(last, ast.Constant) and not last.value):
+                silent.append(f"{path.name}:{call.lineno}")
+    assert found > 50
+    assert not silent
+
+
+def test_inductor_lowers_what_passes_emit():
+    """What it has decomposed before our pass runs, clamp among it, it no longer knows: generating code would fail."""
+    from torch._inductor.decomposition import decompositions
+    from torch._inductor.lowering import lowerings
+
+    found, unknown = 0, []
+    for path in (ROOT / "passes").glob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text())):
+            text = ast.unparse(call.args[0]) if isinstance(call, ast.Call) and call.args else ""
+            if not re.fullmatch(r"(aten|prims)\.\w+\.\w+", text) or "emit" not in ast.unparse(call.func):
+                continue
+            found += 1
+            op = attrgetter(text)(torch.ops)
+            if op in decompositions and op not in lowerings:
+                unknown.append(f"{path.name}:{call.lineno} {op}")
+    assert found > 30
+    assert not unknown

@@ -12,7 +12,7 @@ import torch
 from moe_zoo import ACTIVATIONS, Recipe, packings, unsupported
 from zoo_checks import Outcome, check
 from zoo_routing import ROUTINGS, TOP_1
-from zoo_styles import ALL_TOKENS_INPUT, DATA_DEPENDENT, LOOPS, MODULE_LISTS, STYLES
+from zoo_styles import ALL_TOKENS_INPUT, DATA_DEPENDENT, IN_BFLOAT16, LOOPS, MODULE_LISTS, STYLES, _TransformersExperts
 from zoo_weights import NEAR_MISSES, PACKINGS
 
 pytest.importorskip("transformers")  # whose experts are two of the styles
@@ -51,8 +51,8 @@ def is_lifted(r: Recipe) -> bool:
         return False  # scales of one that are made for each expert tell no experts of one weight
     if r.style in ALL_TOKENS_INPUT and r.bias:
         return False  # experts that were not chosen see zeros, and give their bias
-    if r.style == "titan_input" and r.dtype == torch.float32:
-        return False  # rounds the input to bf16 after it was weighted
+    if r.style in IN_BFLOAT16 and r.dtype == torch.float32:
+        return False  # sums bf16 products in fp32, and does not round the sum
     if r.style.startswith("titan") and r.routing in (*TOP_1, "repeated argmax"):
         return False  # its histogram would count an id past the last expert, which argmax is not known to exclude
     if r.style in DENSE and r.routing == "repeated argmax" and r.mask == "scatter" and r.top_k > 1:
@@ -143,6 +143,15 @@ def test_routings(style, routing):
     top_k = 1 if routing in TOP_1 else 3
     for mask in ("scatter", "one-hot", "comparison") if style == "dense_bmm" else ("scatter",):
         emulated(Recipe(style=style, routing=routing, experts=6, top_k=top_k, mask=mask, packing=TENSOR))
+
+
+@pytest.mark.parametrize("routing", ["softmax, top-k", *TOP_1])
+@pytest.mark.parametrize("style", ["grouped_mm", "batched_mm"])
+def test_rows_of_absent_experts_are_masked(style, routing, monkeypatch):
+    """As transformers does under expert parallelism, and up to 5.17 always; with one expert a token, rows gathered and
+    masked are as many as the tokens."""
+    monkeypatch.setattr(_TransformersExperts, "_is_expert_parallel", True)
+    emulated(Recipe(style=style, routing=routing, experts=6, top_k=1 if routing in TOP_1 else 3, packing=TENSOR))
 
 
 @pytest.mark.parametrize("style", STYLES)

@@ -158,7 +158,7 @@ def _weight(reader: Reader, scheme: Scheme, source: Source, input_scales: InputS
     if scheme.activations != "none":
         stored = source.parts.get("input_scale")
         if stored is None:
-            input_scales.missing(source.missing_name("input_scale", scheme.convention))
+            input_scales.missing(source.part_name("input_scale", scheme.convention))
         else:
             input_scale = _range(input_scales.multiplier(stored))
     return PackedWeight(

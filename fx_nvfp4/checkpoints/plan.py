@@ -170,7 +170,7 @@ class _Planner:
             return None
         if "input_scale" in source.parts:
             return self.input_scales.multiplier(source["input_scale"])
-        self.input_scales.missing(source.missing_name("input_scale", convention))
+        self.input_scales.missing(source.part_name("input_scale", convention))
         return None
 
     def _packed_target(self, place: Place, codes: StoredTensor) -> tuple[Layout, tuple[int, ...]]:

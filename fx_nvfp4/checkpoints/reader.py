@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .errors import CheckpointError, mismatch
 
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _COMPLETE = "copy or download the checkpoint again, completely"
 
@@ -56,9 +56,9 @@ class Reader:
         self.tensors: dict[str, StoredTensor] = {}
         self.metadata: dict[str, str] = {}
         self._open: dict[Path, Any] = {}
-        if (folder / _SINGLE).is_file():
-            self._add(folder / _SINGLE)
-        elif (folder / _INDEX).is_file():
+        if (folder / SINGLE).is_file():
+            self._add(folder / SINGLE)
+        elif (folder / INDEX).is_file():
             self._add_shards(folder)
         else:
             raise _no_safetensors(folder)
@@ -95,22 +95,22 @@ class Reader:
         return names
 
     def _add_shards(self, folder: Path) -> None:
-        weight_map = read_json(folder / _INDEX).get("weight_map")
+        weight_map = read_json(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise mismatch(folder / _INDEX, "no weight_map", "a map of tensor names to shards", _COMPLETE)
+            raise mismatch(folder / INDEX, "no weight_map", "a map of tensor names to shards", _COMPLETE)
         listed: dict[str, set[str]] = {}
         for name, shard in weight_map.items():
             if not isinstance(shard, str):
-                raise mismatch(f"{folder / _INDEX}: {name}", repr(shard), "the name of a shard", _COMPLETE)
+                raise mismatch(f"{folder / INDEX}: {name}", repr(shard), "the name of a shard", _COMPLETE)
             listed.setdefault(shard, set()).add(name)
         for shard in sorted(listed):
             file = folder / shard
             if file.parent != folder or not file.is_file():
-                raise mismatch(file, "no such file", f"a shard that {_INDEX} lists", _COMPLETE)
+                raise mismatch(file, "no such file", f"a shard that {INDEX} lists", _COMPLETE)
             for name in sorted(listed[shard] - self._add(file)):
-                raise mismatch(name, f"no such tensor in {shard}", f"it there, as {_INDEX} says", _COMPLETE)
+                raise mismatch(name, f"no such tensor in {shard}", f"it there, as {INDEX} says", _COMPLETE)
         for name in sorted(self.tensors.keys() - weight_map.keys()):
-            found = f"it in {self.tensors[name].file.name} but not in {_INDEX}"
+            found = f"it in {self.tensors[name].file.name} but not in {INDEX}"
             raise mismatch(name, found, "every tensor of the shards in the index", _COMPLETE)
 
 
@@ -154,4 +154,4 @@ def _no_safetensors(folder: Path) -> CheckpointError:
         found, fix = f"only pickles ({', '.join(pickles[:3])})", "pickles can run code: convert it to safetensors"
     else:
         found, fix = "neither", _COMPLETE
-    return mismatch(folder, found, f"{_SINGLE} or {_INDEX}", fix)
+    return mismatch(folder, found, f"{SINGLE} or {INDEX}", fix)

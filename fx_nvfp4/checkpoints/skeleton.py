@@ -2,12 +2,14 @@
 
 Used of transformers (5.14 to 5.23): ``PreTrainedModel._from_config``, ``_get_dtype_plan``,
 ``_keys_to_ignore_on_load_unexpected``, ``_can_set_experts_implementation``, ``initialize_weights``,
-``named_non_persistent_buffers``, ``tie_weights(missing_keys=)``, ``conversion_mapping.get_model_conversion_mapping``
-and ``core_model_loading.WeightRenaming.rename_source_key``.
+``named_non_persistent_buffers``, ``tie_weights(missing_keys=)``, ``all_tied_weights_keys``,
+``conversion_mapping.get_model_conversion_mapping``,
+``core_model_loading.WeightRenaming.rename_source_key`` and ``core_model_loading.revert_weight_conversion``.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Callable, Mapping
@@ -123,6 +125,11 @@ def use_traceable_experts(model: Any) -> list[str]:
     return switched
 
 
+def tells_layout(module: torch.nn.Module) -> bool:
+    """Whether :func:`experts_layout` knows how a module stores its weights, and does not assume it."""
+    return hasattr(module, "is_transposed") or type(module).__name__ in _TRANSPOSED_EXPERTS
+
+
 def experts_layout(module: torch.nn.Module) -> Layout:
     """How an experts module stores its 3-D weights."""
     name = type(module).__name__
@@ -154,6 +161,35 @@ def renaming(model: Any) -> Callable[[str], str]:
         return name
 
     return rename
+
+
+def original_form(model: Any, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A model's state dict under the names, and in the pieces, of its family's checkpoints; meta tensors will do."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(model, dict(state))
+
+
+def without_tied(model: Any) -> dict[str, torch.Tensor]:
+    """A model's state dict, with one name for each tensor that is tied, the one that checkpoints hold."""
+    state = model.state_dict()
+    tied = {target for target, source in model.all_tied_weights_keys.items() if source in state}
+    return {name: tensor for name, tensor in state.items() if name not in tied}
+
+
+def is_pretrained(model: Any) -> bool:
+    """Whether it is a model of transformers."""
+    try:
+        from transformers import PreTrainedModel
+    except ImportError:
+        return False
+    return isinstance(model, PreTrainedModel)
+
+
+def written_config(model: Any) -> dict[str, Any]:
+    """A model's config.json, without what it says of quantisation."""
+    config = without_quantization(json.loads(model.config.to_json_string()))
+    return {**config, "architectures": [type(model).__name__], "dtype": str(model.dtype).removeprefix("torch.")}
 
 
 def ignored_names(model: Any) -> Callable[[str], bool]:

@@ -34,8 +34,8 @@ class Source:
         """The name that the weight would have if it were not packed."""
         return self.name if self.fused else f"{self.name}.weight"
 
-    def missing_name(self, part: str, convention: Convention) -> str:
-        """The name that a part which is not there would have."""
+    def part_name(self, part: str, convention: Convention) -> str:
+        """The name of a part by a convention, also of one that is not there."""
         leaf = {
             "codes": convention.codes,
             "block_scale": convention.block_scale,
@@ -154,6 +154,4 @@ def check(source: Source, convention: Convention, activations: str) -> None:
 
 def _missing(source: Source, part: str, convention: Convention) -> CheckpointError:
     beside = next(iter(source.parts.values())).name
-    return mismatch(
-        source.missing_name(part, convention), "no such tensor", f"{_DTYPES[part]}, beside {beside}", _EXPORT
-    )
+    return mismatch(source.part_name(part, convention), "no such tensor", f"{_DTYPES[part]}, beside {beside}", _EXPORT)

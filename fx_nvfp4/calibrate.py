@@ -1,0 +1,157 @@
+"""``calibrate``: static activation scales from data that runs through the model."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .dialects import get_dialect
+from .ops import UNCALIBRATED
+from .parameters import replace_parameters
+from .preparation.candidates import find_lists
+from .quantization.observe import Observer
+from .quantization.record import shorten
+from .report import NVFP4Warning
+from .tensor import NVFP4Weight
+
+log = logging.getLogger("fx_nvfp4")
+
+
+@dataclass
+class Calibration:
+    """What :func:`calibrate` found, complete when its block ends; prints as text.
+
+    Attributes:
+        amax: weight -> largest magnitude that entered it, fp32, [] or, of 3-D weights, [E]; 0 where none did.
+        borrowed: experts that no token reached, "path.of.weight[expert]" or "path.of.weight" in a list of experts:
+            they have the largest scale of those beside them.
+        unreached: weights that nothing reached, nor any expert beside them: they stay uncalibrated.
+    """
+
+    amax: dict[str, Tensor] = field(default_factory=dict)
+    borrowed: list[str] = field(default_factory=list)
+    unreached: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"calibrate: {len(self.amax)} weights, {len(self.borrowed)} weights of experts without a token"]
+        for text, names in (("largest scale of its layer", self.borrowed), ("not calibrated", self.unreached)):
+            lines += [f"{text}: {shorten(names)}"] if names else []
+        return "\n".join(lines)
+
+
+@contextmanager
+def calibrate(model: nn.Module) -> Iterator[Calibration]:
+    """Find static activation scales by running data.
+
+        fx_nvfp4.quantize_(model, fx_nvfp4.NVFP4Config(activations="static"))
+        with fx_nvfp4.calibrate(model) as calibration:
+            for batch in data:
+                model(batch)
+
+    Inside, the model runs eagerly, with packed weights and activations as they are, and the largest magnitude that
+    enters each weight is recorded, for each expert of the rows routed to it. When the block ends, each gets the scale
+    at which that magnitude is the largest representable one. Weights that have a static scale already get a new one;
+    those of other modes are not looked at. Call it before :func:`fx_nvfp4.prepare` and torch.compile.
+
+    An expert that no token reached takes the largest scale of the experts beside it (of its 3-D weight, or of the same
+    weight in its list), with a warning; more data, or data of more kinds, gives it its own.
+
+    Yields:
+        A :class:`Calibration`; it stays as ``model.nvfp4_calibration``.
+
+    Raises:
+        ValueError: the model has no such weight, none was reached, or a value that entered one is not finite. Then,
+            and where the block raises, the weights are as before.
+    """
+    observer, before, watched = Observer(), {}, {}
+
+    def watch(name: str, weight: Tensor) -> Tensor | None:
+        if not isinstance(weight, NVFP4Weight) or weight.activations not in ("static", UNCALIBRATED):
+            return None
+        before[name], watched[name] = weight, observer.slots(weight)
+        return watched[name]
+
+    if not replace_parameters(model, watch):
+        raise ValueError(
+            "calibrate: the model has no packed weight with static activations; "
+            'quantize_(model, NVFP4Config(activations="static")) packs some'
+        )
+    calibration, after = Calibration(), before
+    try:
+        with observer:
+            yield calibration
+        calibration.amax = {name: observer.amax(weight) for name, weight in watched.items()}
+        after = _calibrated(model, before, calibration)
+    finally:
+        replace_parameters(model, lambda name, _: after.get(name))
+    model.nvfp4_calibration = calibration  # type: ignore[assignment]
+    log.info("%s", calibration)
+    _warn(calibration)
+
+
+@torch.inference_mode(False)
+def _calibrated(model: nn.Module, weights: dict[str, NVFP4Weight], calibration: Calibration) -> dict[str, NVFP4Weight]:
+    """The weights with their scales; what borrows, and what has none, is noted."""
+    _check(calibration.amax)
+    lent: dict[str, Tensor] = {}
+    for peers in _peers(model, weights):
+        lent.update(dict.fromkeys(peers, torch.stack([calibration.amax[peer] for peer in peers]).amax()))
+    after = {}
+    for name, weight in weights.items():
+        amax = calibration.amax[name]
+        largest = lent.get(name, amax.amax())
+        if largest == 0:
+            calibration.unreached.append(name)
+            after[name] = weight.replace(activations=UNCALIBRATED, act_scale=None)
+            continue
+        missing = (amax == 0).nonzero().tolist()
+        calibration.borrowed += [f"{name}{e}" if e else name for e in missing]
+        scale = get_dialect(weight.dialect).global_scale(torch.where(amax == 0, largest, amax))
+        after[name] = weight.replace(activations="static", act_scale=scale.to(weight.qdata.device))
+    return after
+
+
+def _check(amax: dict[str, Tensor]) -> None:
+    infinite = [name for name, found in amax.items() if not found.isfinite().all()]
+    if infinite:
+        raise ValueError(f"calibrate: NaN or infinity entered {shorten(infinite)}; find where it comes from")
+    if not any(found.any() for found in amax.values()):
+        raise ValueError(
+            f"calibrate: nothing reached any of {len(amax)} packed weights; run the model, not a compiled copy of it, "
+            "inside the with block"
+        )
+
+
+def _peers(model: nn.Module, weights: Iterable[str]) -> Iterator[list[str]]:
+    """Names of the same weight of every expert, for each list of experts."""
+    for path, _ in find_lists(model):
+        inside: dict[str, list[str]] = {}
+        for name in weights:
+            if name.startswith(f"{path}."):
+                _, _, same = name.removeprefix(f"{path}.").partition(".")
+                inside.setdefault(same, []).append(name)
+        yield from inside.values()
+
+
+def _warn(calibration: Calibration) -> None:
+    names = calibration.borrowed
+    if names:
+        warnings.warn(
+            f"calibrate: no token reached {len(names)} weights of experts: {shorten(names)}. "
+            "They take the largest scale beside them; run more data to give them their own",
+            NVFP4Warning,
+            stacklevel=4,
+        )
+    if calibration.unreached:
+        warnings.warn(
+            f"calibrate: nothing reached {shorten(calibration.unreached)}; products with these weights raise. Run data "
+            "that reach them, or leave them out of quantize_ by its filter_fn",
+            NVFP4Warning,
+            stacklevel=4,
+        )

@@ -1,0 +1,68 @@
+"""Writes tensors to safetensors files of a bounded size, holding one file's at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import safetensors.torch
+from torch import Tensor
+
+from .reader import INDEX, SINGLE
+
+Files = list[tuple[Path, list[str]]]  # a file, and the names of its tensors
+
+
+def write_shards(folder: Path, groups: Iterable[dict[str, Tensor]], limit: int) -> None:
+    """Write all tensors; those of one group share a file, and a file has limit bytes at most, or one group.
+
+    One file is model.safetensors; several have an index. Files of these names that were there are gone afterwards;
+    where this raises, they are as before.
+    """
+    files: Files = []
+    try:
+        total = _write_all(folder, groups, limit, files)
+    except BaseException:
+        for file, _ in files:
+            file.unlink(missing_ok=True)
+        raise
+    _name(folder, files, total)
+
+
+def _write_all(folder: Path, groups: Iterable[dict[str, Tensor]], limit: int, files: Files) -> int:
+    """Write files of provisional names, and note them; returns the bytes of all tensors."""
+    pending: dict[str, Tensor] = {}
+    size = total = 0
+    for group in groups:
+        added = sum(t.numel() * t.itemsize for t in group.values())
+        if pending and size + added > limit:
+            _write(folder, files, pending)
+            pending, size = {}, 0
+        # Copies: what is stored are parts of larger tensors, which safetensors would take for shared memory.
+        pending.update({name: t.detach().to("cpu", copy=True).contiguous() for name, t in group.items()})
+        size, total = size + added, total + added
+    _write(folder, files, pending)
+    return total
+
+
+def _write(folder: Path, files: Files, tensors: dict[str, Tensor]) -> None:
+    file = folder / f"unfinished-{len(files) + 1:05}.safetensors"
+    files.append((file, list(tensors)))
+    safetensors.torch.save_file(tensors, file, {"format": "pt"})
+
+
+def _name(folder: Path, files: Files, total: int) -> None:
+    """Give the files the names that loaders look for, now that their number is known, in place of what was there."""
+    for old in (folder / SINGLE, folder / INDEX, *folder.glob("model-?????-of-?????.safetensors")):
+        old.unlink(missing_ok=True)
+    if len(files) == 1:
+        files[0][0].replace(folder / SINGLE)
+        return
+    weight_map = {}
+    for number, (file, names) in enumerate(files):
+        name = f"model-{number + 1:05}-of-{len(files):05}.safetensors"
+        file.replace(folder / name)
+        weight_map.update(dict.fromkeys(names, name))
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")

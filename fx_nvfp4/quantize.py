@@ -1,0 +1,141 @@
+"""``quantize_``: a model's weights become NVFP4, in place and module by module, by torchao's signature."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torchao.quantization.transform_module import register_quantize_module_handler
+
+from .quantization.config import NVFP4Config
+from .quantization.pack import check_module, pack_module
+from .quantization.record import Quantization, shorten
+from .quantization.scales import shared_amax
+from .quantization.targets import packable, quantizable, reason_to_leave
+from .report import NVFP4Warning
+from .tensor import NVFP4Weight
+
+__all__ = ["NVFP4Config", "quantizable", "quantize_"]
+
+log = logging.getLogger("fx_nvfp4")
+Filter = Callable[[nn.Module, str], bool]
+
+
+def quantize_(
+    model: nn.Module,
+    config: NVFP4Config | None = None,
+    filter_fn: Filter | None = quantizable,
+    device: torch.types.Device = None,
+) -> None:
+    """Pack the weights of linear layers and of 3-D experts, in place, as torchao's function of this name does.
+
+    torchao's own ``quantize_(model, NVFP4Config(), filter_fn=fx_nvfp4.quantizable)`` works too. This one also packs
+    linear layers inside a module that holds experts itself, lets q, k and v, and gate and up, share a global scale,
+    leaves weights alone that are tied to an embedding, and accounts for all of it in ``model.nvfp4_quantization``
+    (:class:`fx_nvfp4.quantization.record.Quantization`).
+
+    Args:
+        model: weights float32, bfloat16 or float16. No second copy of them is made but of the one being packed.
+        config: see :class:`NVFP4Config`; default weights alone.
+        filter_fn: takes a module and its path, says whether to pack its weights. The default leaves out output
+            heads, embeddings, routers, and sizes that are not whole blocks.
+        device: where the model goes first, module by module: packing on a GPU is faster.
+
+    Raises:
+        ValueError: nothing was chosen, or a chosen weight cannot be packed; names it. Nothing is packed then, but
+            where a weight is not finite.
+        TypeError: a config of torchao's.
+    """
+    config = NVFP4Config() if config is None else config
+    if not isinstance(config, NVFP4Config):
+        raise TypeError(
+            f"quantize_: config must be an NVFP4Config, got {type(config).__name__}: use torchao's quantize_"
+        )
+    filter_fn = quantizable if filter_fn is None else filter_fn
+    tied = _Tied(model)
+    record = Quantization(config)
+    chosen = {m for path, m in model.named_modules() if packable(m) and filter_fn(m, path) and not tied.to_table(m)}
+    if not chosen:
+        raise ValueError("quantize_: filter_fn chose no module with a dense weight of a linear layer or of experts")
+    for path, module in model.named_modules():
+        if module in chosen:
+            check_module(module, config, path)
+    shared = shared_amax(model, chosen.__contains__) if config.global_scale == "fused" else {}
+    for path, module in model.named_modules():
+        if device is not None:
+            module._apply(lambda t: t.to(device), recurse=False)
+        if module in chosen and not tied.reuse(module):
+            names = pack_module(module, config, path, shared.get(module))
+            record.packed += [f"{path}.{name}".strip(".") for name in names]
+            tied.remember(module, names)
+        record.left_alone.update(_left_alone(module, path, module in chosen, filter_fn, tied))
+    model.nvfp4_quantization = record  # type: ignore[assignment]
+    log.info("%s", record)
+
+
+def _left_alone(module: nn.Module, path: str, chosen: bool, filter_fn: Filter, tied: _Tied) -> dict[str, str]:
+    """Dense parameters of two or more dims that a module holds itself, with the reason why they stay dense."""
+    dense = {
+        name: p
+        for name, p in module.named_parameters(recurse=False)
+        if p.dim() > 1 and p.is_floating_point() and not isinstance(p.data, NVFP4Weight)
+    }
+    if chosen:
+        reason = "beside packed weights"
+    elif tied.to_table(module):
+        reason = "tied to an embedding"
+    else:
+        reason = reason_to_leave(module, path) or "filter_fn"
+    return {f"{path}.{name}".strip("."): reason for name in dense}
+
+
+class _Tied:
+    """Parameters that several modules hold stay one."""
+
+    def __init__(self, model: nn.Module) -> None:
+        owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+        self._several = {key for key, count in owners.items() if count > 1}
+        self._tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+        self._dense: dict[nn.Module, int] = {m: id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+        self._packed: dict[int, nn.Parameter] = {}
+
+    def to_table(self, module: nn.Module) -> bool:
+        """Whether a linear layer's weight is an embedding's."""
+        return self._dense.get(module) in self._tables
+
+    def reuse(self, module: nn.Module) -> bool:
+        """Give a linear layer the packed weight of the one it is tied to, if that was packed."""
+        packed = self._packed.get(self._dense.get(module, 0))
+        if packed is None:
+            return False
+        module.register_parameter("weight", packed)
+        return True
+
+    def remember(self, module: nn.Module, names: list[str]) -> None:
+        """Keep what was packed for those tied to it."""
+        key = self._dense.get(module)
+        if key in self._several:
+            self._packed[key] = module.weight  # type: ignore[assignment]
+
+
+@register_quantize_module_handler(NVFP4Config)
+def _transform(module: nn.Module, config: NVFP4Config) -> nn.Module:
+    """What torchao's quantize_ calls for each module that its filter chooses; it does not look inside that one."""
+    if not pack_module(module, config):
+        raise ValueError(
+            f"quantize_: filter_fn chose a {type(module).__name__}, which holds no dense weight of a linear layer or "
+            "of experts by itself; fx_nvfp4.quantizable is a filter that chooses those that do"
+        )
+    inside = [name for name, m in module.named_modules() if quantizable(m, name)]
+    if inside:
+        warnings.warn(
+            f"torchao's quantize_ does not look inside the {type(module).__name__} that it packed: {shorten(inside)} "
+            "stay dense. fx_nvfp4.quantize_ packs both",
+            NVFP4Warning,
+            stacklevel=2,
+        )
+    return module
