@@ -72,7 +72,7 @@ class Cone:
             elif node.meta["val"].dtype in (*BYTES, *WORDS):
                 packed.append(node)
         packed = [n for n in packed if n.meta["val"].dtype in BYTES or _is_unpacked(n, nodes)]
-        packed = [n for n in packed if n.meta["val"].dim() > 0]
+        packed = [n for n in packed if n.meta["val"].dim() > 0 and not _is_routing(n)]
         return Cone(operand, tuple(nodes), frozenset(packed)) if packed else None
 
     @cached_property
@@ -178,6 +178,12 @@ def _sums_many(node: Node) -> bool:
     if node.target not in _REDUCING:
         return False
     return math.prod(shape_of(inputs_of(node)[0])) > _MAX_REDUCED * math.prod(shape_of(node))
+
+
+def _is_routing(leaf: Node) -> bool:
+    """Whether int64 numbers are ids or places, computed or in a row: words of codes are stored, in two dims."""
+    value = leaf.meta["val"]
+    return value.dtype == torch.int64 and (leaf.op not in ("placeholder", "get_attr") or value.dim() < 2)
 
 
 def _takes_codes_apart(user: Node, node: Node) -> bool:
