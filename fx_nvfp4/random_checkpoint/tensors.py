@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ..checkpoints.reader import DTYPES
+
 _PIECE = 1 << 24  # numbers made at once
-_ITEM_SIZES = {"F32": 4, "BF16": 2, "F8_E4M3": 1, "U8": 1}
 _SCALE_BYTES = (0x70, 0x7E)  # e4m3 numbers from 128 to 448
 _MEAN_SCALE = 258.0  # of those bytes, drawn uniformly
 _CODE_MEAN_SQUARE = 68.5 / 8  # of the magnitudes 0, 0.5, 1, 1.5, 2, 3, 4, 6
@@ -31,7 +32,7 @@ class RandomTensor:
     @property
     def size(self) -> int:
         """Bytes."""
-        return math.prod(self.shape) * _ITEM_SIZES[self.dtype]
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
     def pieces(self, generator: np.random.Generator) -> Iterator[bytes]:
         """Its bytes in order."""
