@@ -75,7 +75,7 @@ def load(
 
     target = torch.device("cpu" if device is None else device)
     rule = scheme.convention.dialect if dialect == "producer" else dialect
-    weights = dict(Assembler(reader, target, model.config.dtype, rule, progress).tensors(plan))
+    weights = Assembler(reader, target, model.config.dtype, rule, progress).tensors(plan)
     skeleton.initialize_buffers(model, target)
     _install(model, weights, plan)
     if generation_config is not None:
@@ -115,7 +115,7 @@ def read_weights(
         dense={},
     )
     assembler = Assembler(reader, torch.device(device), model.config.dtype, "hardware", progress=False)
-    weights = {name: weight for name, weight in assembler.tensors(some) if isinstance(weight, NVFP4Weight)}
+    weights = {name: weight for name, weight in assembler.tensors(some).items() if isinstance(weight, NVFP4Weight)}
     return StoredWeights(weights, frozenset(name for name, p in some.packed.items() if p.layout.interleaved))
 
 

@@ -20,6 +20,7 @@ from .faithfulness import checkpoint_cases, measure, random_cases
 from .faithfulness.plot import require_matplotlib, save_plot
 from .faithfulness.table import render_study
 from .inspect_table import LEVELS, render_inspection
+from .random_checkpoint import LAYOUTS, Sizes, write_checkpoint
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _EXIT = "exit status: 0, 1 with --strict where something is not as it should be, 2 for what cannot be read"
@@ -68,6 +69,18 @@ def run_faithfulness(args: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         raise UsageError(f"faithfulness: {error}") from error
     print(json.dumps(study.to_dict(), indent=1) if args.json else render_study(study))
+    return 0
+
+
+def run_make_checkpoint(args: argparse.Namespace) -> int:
+    """Write a checkpoint of random weights."""
+    try:
+        sizes = Sizes(**{name: getattr(args, name) for name in vars(Sizes())})
+        shard_size = int(args.shard_gb * 1e9)
+        size = write_checkpoint(args.folder, args.like, sizes, shard_size=shard_size, seed=args.seed)
+    except (ValueError, OSError) as error:
+        raise UsageError(f"make-checkpoint: {error}") from error
+    print(f"{args.folder}: {sizes.weights / 1e9:.3g} billion packed weights, {size / 1e9:.3g} GB, {args.like}")
     return 0
 
 
@@ -159,6 +172,20 @@ def _parser() -> argparse.ArgumentParser:
     faithful.add_argument("--seed", type=int, default=0)
     faithful.add_argument("--plot", type=Path, metavar="FILE", help="draw it too; needs matplotlib")
     faithful.set_defaults(run=run_faithfulness)
+
+    made = commands.add_parser(
+        "make-checkpoint",
+        help="write random weights in the layout of a published checkpoint",
+        description="A Qwen3-MoE W4A4 checkpoint with random weights; the default sizes are Qwen3-30B-A3B's (17 GB).",
+        epilog=_EXIT,
+    )
+    made.add_argument("folder", type=Path, help="a new folder")
+    made.add_argument("--like", choices=list(LAYOUTS), default=next(iter(LAYOUTS)), help="default %(default)s")
+    for name, value in vars(Sizes()).items():
+        made.add_argument(f"--{name.replace('_', '-')}", type=int, default=value, help="default %(default)s")
+    made.add_argument("--shard-gb", type=float, default=5.0, help="most of one file; default %(default)s")
+    made.add_argument("--seed", type=int, default=0)
+    made.set_defaults(run=run_make_checkpoint)
 
     for command in (explained, faithful):
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -52,7 +52,10 @@ ALLOWED = {
         *("activation", "block", "checkpoint", "checkpoints", "faithfulness", "format"),
         *("reference", "report_table", "tensor"),
     },
-    "cli": {"checkpoint", "checkpoints", "dialects", "explain", "faithfulness", "inspect_table"},
+    "random_checkpoint": {"checkpoints", "format", "random_checkpoint"},
+    "cli": {
+        *("checkpoint", "checkpoints", "dialects", "explain", "faithfulness", "inspect_table", "random_checkpoint"),
+    },
     "__main__": {"cli"},
     "debug_files": {"report"},
     "graph_breaks": {"lowering", "report"},

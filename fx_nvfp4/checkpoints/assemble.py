@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from .formats import check_block_scales
 from .plan import DensePlan, PackedPlan, Plan
 from .reader import Reader, StoredTensor
 from .torchao_files import TorchaoWeight
+from .transfer import Check, Move, move_all
 
 
 class Assembler:
@@ -31,27 +32,24 @@ class Assembler:
     def __init__(self, reader: Reader, device: torch.device, dtype: torch.dtype, dialect: str, progress: bool) -> None:
         self._reader, self._device, self._dtype, self._dialect = reader, device, dtype, dialect
         self._progress = progress
+        self._moves: list[Move] = []
 
-    def tensors(self, plan: Plan) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) of every parameter and buffer in the plan.
+    def tensors(self, plan: Plan) -> dict[str, Tensor]:
+        """Every parameter and buffer in the plan by name: all are allocated, then filled in the order of the files.
 
         Raises:
             CheckpointError: a file cannot be read, block scales are NaN or negative, or a value is too large for dtype.
         """
-        with tqdm(
-            total=_stored_tensors(plan), desc="NVFP4 checkpoint", unit="tensor", disable=not self._progress
-        ) as bar:
-            self._bar = bar
-            for name, packed in plan.packed.items():
-                yield name, self._packed(packed)
-            for name, weight in plan.torchao.items():
-                yield name, self._torchao(weight)
-            for name, dense in plan.dense.items():
-                yield name, self._dense(dense)
-
-    def _read(self, tensor: StoredTensor) -> Tensor:
-        self._bar.update()
-        return self._reader.read(tensor)
+        self._moves = []
+        found: dict[str, Tensor] = {name: self._packed(packed) for name, packed in plan.packed.items()}
+        torchao = {name: self._parts(weight) for name, weight in plan.torchao.items()}
+        found.update((name, self._dense(dense)) for name, dense in plan.dense.items())
+        total = sum(move.stored.size for move in self._moves)
+        with tqdm(total=total, desc="NVFP4 checkpoint", unit="B", unit_scale=True, disable=not self._progress) as bar:
+            move_all(self._reader, self._moves, bar)
+        for name, parts in torchao.items():
+            found[name] = plan.torchao[name].assemble(parts, orig_dtype=self._dtype, dialect=self._dialect)
+        return found
 
     def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self._device)
@@ -63,10 +61,8 @@ class Assembler:
         block_scale = self._empty((*lead, k // 16), torch.uint8)
         global_scale = self._empty(tuple(lead), torch.float32)
         for piece in plan.pieces:
-            self._fill(qdata, piece, plan, self._read(piece.source["codes"]))
-            stored = self._read(piece.source["block_scale"])
-            check_block_scales(stored, piece.source["block_scale"])
-            self._fill(block_scale, piece, plan, stored.view(torch.uint8))
+            self._fill(qdata, piece, plan, "codes")
+            self._fill(block_scale, piece, plan, "block_scale")
             rows = _part(global_scale, piece, plan)
             rows.copy_(piece.global_scale.unsqueeze(-1) if rows.dim() == 2 else piece.global_scale)
         act_scale = _act_scale(plan)
@@ -81,15 +77,20 @@ class Assembler:
             None if act_scale is None else act_scale.to(self._device),
         )
 
-    def _fill(self, whole: Tensor, piece: PackedPiece, plan: PackedPlan, stored: Tensor) -> None:
+    def _fill(self, whole: Tensor, piece: PackedPiece, plan: PackedPlan, part: str) -> None:
         fused = piece.place.expert is None and len(plan.shape) == 3
-        _part(whole, piece, plan).copy_(stored.mT if fused and plan.layout.transposed else stored)
+        place = _part(whole, piece, plan)
+        stored = replace(piece.source[part], dtype="U8")
+        check = _scales_check(piece.source[part]) if part == "block_scale" else None
+        self._moves.append(Move(stored, place.mT if fused and plan.layout.transposed else place, check))
 
-    def _torchao(self, weight: TorchaoWeight) -> NVFP4Weight:
-        parts = {name: self._read(tensor).to(self._device, copy=True) for name, tensor in weight.parts.items()}
-        assembled = weight.assemble(parts, orig_dtype=self._dtype, dialect=self._dialect)
-        check_block_scales(assembled.block_scale, weight.parts["scale"])
-        return assembled
+    def _parts(self, weight: TorchaoWeight) -> dict[str, Tensor]:
+        """Places of the parts of a torchao tensor."""
+        parts = {}
+        for name, tensor in weight.parts.items():
+            parts[name] = self._empty(tensor.shape, tensor.torch_dtype)
+            self._moves.append(Move(tensor, parts[name], _scales_check(tensor) if name == "scale" else None))
+        return parts
 
     def _dense(self, plan: DensePlan) -> Tensor:
         whole = self._empty(plan.shape, plan.dtype)
@@ -98,10 +99,16 @@ class Assembler:
             part = whole
             if place.expert is not None:
                 part = canonical[place.expert, place.rows(plan.layout.interleaved, canonical.shape[1])]
-            stored = self._read(tensor)
-            _check_range(stored, plan.dtype, tensor)
-            part.copy_(stored)
+            self._moves.append(Move(tensor, part, _range_check(plan.dtype, tensor)))
         return whole
+
+
+def _scales_check(tensor: StoredTensor) -> Check:
+    return lambda piece, first: check_block_scales(piece.view(torch.float8_e4m3fn), tensor, first)
+
+
+def _range_check(dtype: torch.dtype, tensor: StoredTensor) -> Check:
+    return lambda piece, first: _check_range(piece, dtype, tensor)
 
 
 def _part(whole: Tensor, piece: PackedPiece, plan: PackedPlan) -> Tensor:
@@ -139,9 +146,3 @@ def _act_scale(plan: PackedPlan) -> Tensor | None:
         scale = scales[None]
         return scale.reshape(()) if scale.numel() == 1 else scale
     return torch.cat([scales[expert] for expert in range(plan.shape[0])])
-
-
-def _stored_tensors(plan: Plan) -> int:
-    packed = sum(2 * len(p.pieces) for p in plan.packed.values())
-    torchao = sum(len(w.parts) for w in plan.torchao.values())
-    return packed + torchao + sum(len(d.pieces) for d in plan.dense.values())

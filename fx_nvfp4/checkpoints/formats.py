@@ -83,8 +83,8 @@ def _checked(scale: Tensor, tensor: StoredTensor) -> Tensor:
     return scale
 
 
-def check_block_scales(block_scale: Tensor, tensor: StoredTensor) -> None:
-    """Raise unless float8_e4m3fn block scales are numbers and not negative.
+def check_block_scales(block_scale: Tensor, tensor: StoredTensor, first_row: int = 0) -> None:
+    """Raise unless float8_e4m3fn block scales, of a whole tensor or from a row of it on, are numbers and not negative.
 
     Raises:
         CheckpointError: a NaN or a negative scale, with its position.
@@ -93,10 +93,12 @@ def check_block_scales(block_scale: Tensor, tensor: StoredTensor) -> None:
     # 0x7f and 0xff are NaN, above 0x80 lie the negative numbers; the format has no infinities.
     bad = (raw == 0x7F) | (raw > 0x80)
     if bad.any():
-        first = tuple(bad.nonzero()[0].tolist())
+        first = bad.nonzero()[0].tolist()
+        value = block_scale[tuple(first)].item()
+        first[0] += first_row
         raise mismatch(
             tensor.name,
-            f"{block_scale[first].item()} at {list(first)} ({int(bad.sum())} such)",
+            f"{value} at {first} ({int(bad.sum())} such)",
             "block scales that are finite and not negative",
             "the checkpoint is damaged or was quantised from NaN weights; export it again",
         )

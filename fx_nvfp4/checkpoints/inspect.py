@@ -21,7 +21,6 @@ from .sources import Source, check, gather
 from .torchao_files import TorchaoWeight, collect_torchao
 
 SCHEMA = 1  # of to_dict(); a change that breaks readers counts it up
-_ITEM_SIZES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2}
 _GATE_UP = re.compile(r"(?P<owner>.+)\.(?P<role>gate_proj|up_proj|w1|w3)(\.weight)?")
 _GATES = ("gate_proj", "w1")
 
@@ -127,7 +126,7 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
     found.packed.sort(key=lambda w: _natural(w.name))
     found.pairs = list(_pairs(found.packed))
     for dtype in sorted({t.dtype for t in plain}):
-        sizes = [_size(t) for t in plain if t.dtype == dtype]
+        sizes = [t.size for t in plain if t.dtype == dtype]
         found.plain.append((dtype, len(sizes), sum(sizes)))
     return found
 
@@ -167,7 +166,7 @@ def _weight(reader: Reader, scheme: Scheme, source: Source, input_scales: InputS
         activations=_activations(scheme.activations),
         global_scale=_range(weight_multiplier(reader, source["global_scale"], scheme.convention)),
         input_scale=input_scale,
-        size=sum(map(_size, source.parts.values())),
+        size=sum(part.size for part in source.parts.values()),
     )
 
 
@@ -195,7 +194,7 @@ def _torchao_weight(reader: Reader, weight: TorchaoWeight) -> PackedWeight:
         activations=_activations(mode),
         global_scale=scale("per_tensor_scale"),
         input_scale=scale("act_per_tensor_scale"),
-        size=sum(map(_size, weight.parts.values())),
+        size=sum(part.size for part in weight.parts.values()),
     )
 
 
@@ -217,10 +216,6 @@ def _activations(mode: str) -> str:
 
 def _range(scale: Tensor) -> tuple[float, float]:
     return scale.min().item(), scale.max().item()
-
-
-def _size(tensor: StoredTensor) -> int:
-    return tensor.numel * _ITEM_SIZES.get(tensor.dtype, 1)
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -76,6 +76,7 @@ class _Planner:
         self.dtype_of = skeleton.wanted_dtypes(model)
         self.input_scales = InputScales(reader, scheme.convention)
         self.result = Plan()
+        self._layouts: dict[str, Layout] = {}
 
     def plan(self) -> Plan:
         tensors = self._relevant()
@@ -147,10 +148,14 @@ class _Planner:
         return place
 
     def _layout(self, parameter: str) -> Layout:
-        owner = self.model.get_submodule(parameter.rpartition(".")[0])
-        # Linear layers are 2-D; whatever holds 3-D weights, or the biases of them, is an experts module.
-        experts = any(p.dim() == 3 for p in owner.parameters(recurse=False))
-        return skeleton.experts_layout(owner) if experts else Layout()
+        """Found once for a module: hundreds of stored tensors fill one experts module."""
+        name = parameter.rpartition(".")[0]
+        if name not in self._layouts:
+            owner = self.model.get_submodule(name)
+            # Linear layers are 2-D; whatever holds 3-D weights, or the biases of them, is an experts module.
+            experts = any(p.dim() == 3 for p in owner.parameters(recurse=False))
+            self._layouts[name] = skeleton.experts_layout(owner) if experts else Layout()
+        return self._layouts[name]
 
     def _add_packed(self, source: Source, convention: Convention) -> None:
         place = self._place(source.weight_name, source["codes"].name)

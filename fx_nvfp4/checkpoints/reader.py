@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -16,23 +20,36 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _COMPLETE = "copy or download the checkpoint again, completely"
+# safetensors' names; what is not here is not read.
+DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
+}
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """What a safetensors header says of one tensor; dtype in safetensors' own names ("U8", "F8_E4M3", "BF16")."""
+    """What a safetensors header says of one tensor; dtype in safetensors' own names ("U8", "F8_E4M3", "BF16").
+
+    offset, size: where its bytes begin in the file, and how many they are.
+    """
 
     name: str
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    offset: int
+    size: int
 
     @property
     def numel(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """KeyError for dtypes that torch does not have."""
+        return DTYPES[self.dtype]
 
     def __str__(self) -> str:
         return f"{self.dtype} {list(self.shape)}"
@@ -55,7 +72,8 @@ class Reader:
     def __init__(self, folder: Path) -> None:
         self.tensors: dict[str, StoredTensor] = {}
         self.metadata: dict[str, str] = {}
-        self._open: dict[Path, Any] = {}
+        self._open: dict[Path, int] = {}
+        weakref.finalize(self, _close, self._open)
         if (folder / SINGLE).is_file():
             self._add(folder / SINGLE)
         elif (folder / INDEX).is_file():
@@ -64,25 +82,46 @@ class Reader:
             raise _no_safetensors(folder)
 
     def read(self, tensor: StoredTensor) -> Tensor:
-        """The tensor on the CPU, backed by the mapped file: copy what is to be kept.
+        """The whole tensor on the CPU.
 
         Raises:
             CheckpointError: the file cannot be read.
         """
+        if tensor.dtype not in DTYPES:
+            raise mismatch(tensor.name, tensor, f"one of {', '.join(DTYPES)}", "export the checkpoint again")
+        whole = torch.empty(tensor.shape, dtype=tensor.torch_dtype)
+        self.read_into(tensor, whole)
+        return whole
+
+    def read_into(self, tensor: StoredTensor, part: Tensor, start: int = 0) -> None:
+        """Fill a contiguous CPU tensor with the bytes of a stored one from byte ``start`` on; several threads may.
+
+        No part of the file stays mapped, so that reading takes no memory but the part's own.
+
+        Raises:
+            CheckpointError: the file cannot be read.
+        """
+        view = memoryview(part.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         try:
-            return self._open[tensor.file].get_tensor(tensor.name)
-        except (SafetensorError, OSError, RuntimeError) as error:
+            done = 0
+            while done < len(view):
+                count = os.preadv(self._open[tensor.file], [view[done:]], tensor.offset + start + done)
+                if not count:
+                    raise OSError("the file ends before it")
+                done += count
+        except OSError as error:
             raise mismatch(f"{tensor.name} in {tensor.file}", f"an error ({error})", str(tensor), _COMPLETE) from error
 
     def _add(self, file: Path) -> set[str]:
         try:
-            handle = safe_open(file, framework="pt", device="cpu")
-            names = set(handle.keys())
-            self.metadata.update(handle.metadata() or {})
+            with safe_open(file, framework="pt", device="cpu"):
+                pass  # it checks the header, and that the file is as long as it says
+            self._open[file] = os.open(file, os.O_RDONLY)
         except (SafetensorError, OSError) as error:
             raise mismatch(file, f"an error ({error})", "a whole safetensors file", _COMPLETE) from error
-        self._open[file] = handle
-        for name in sorted(names):
+        header, data = _read_header(file)
+        self.metadata.update(header.pop("__metadata__", {}))
+        for name in sorted(header):
             if name in self.tensors:
                 raise mismatch(
                     name,
@@ -90,9 +129,12 @@ class Reader:
                     "it in one shard",
                     "delete shards that are left over from another version of the checkpoint",
                 )
-            entry = handle.get_slice(name)
-            self.tensors[name] = StoredTensor(name, file, entry.get_dtype(), tuple(entry.get_shape()))
-        return names
+            entry = header[name]
+            start, end = entry["data_offsets"]
+            self.tensors[name] = StoredTensor(
+                name, file, entry["dtype"], tuple(entry["shape"]), data + start, end - start
+            )
+        return set(header)
 
     def _add_shards(self, folder: Path) -> None:
         weight_map = read_json(folder / INDEX).get("weight_map")
@@ -112,6 +154,18 @@ class Reader:
         for name in sorted(self.tensors.keys() - weight_map.keys()):
             found = f"it in {self.tensors[name].file.name} but not in {INDEX}"
             raise mismatch(name, found, "every tensor of the shards in the index", _COMPLETE)
+
+
+def _read_header(file: Path) -> tuple[dict[str, Any], int]:
+    """(entries by name, where the data begins) of a safetensors file: u64 length, JSON, data."""
+    with file.open("rb") as raw:
+        length = int.from_bytes(raw.read(8), "little")
+        return json.loads(raw.read(length)), 8 + length
+
+
+def _close(files: dict[Path, int]) -> None:
+    for descriptor in files.values():
+        os.close(descriptor)
 
 
 def read_json(file: Path) -> dict[str, Any]:
