@@ -14,6 +14,7 @@ ALLOWED = {
     "format": {"dialects"},
     "activation": set(),
     "reference": {"format"},
+    "prepack": {"format"},
     "kernels": {"kernels"},
     "gpu": {"activation", "block", "format", "kernels", "reference"},
     "ops": {"format", "reference", "gpu"},
