@@ -60,3 +60,15 @@ def test_the_largest_tile_uses_hopper_matrix_units() -> None:
     """Otherwise the check for wgmma with operands in registers guards nothing."""
     results = cross_compile("--targets", "90")
     assert any(r["wgmma"] for r in results)
+
+
+@pytest.mark.slow
+def test_products_of_prepacked_weights_compile_for_all_targets() -> None:
+    results = cross_compile("--prepacked")
+    assert {r["target"] for r in results} == set(SHARED_LIMIT)
+    for r in results:
+        assert r["binary"] > 0, r
+        assert r["shared"] <= SHARED_LIMIT[r["target"]], r
+        assert r["spilled"] == 0, r
+        # The layout exists so that decoded weights go from registers into Hopper's matrix units.
+        assert r["target"] != "90" or r["register_wgmma"], r

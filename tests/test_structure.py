@@ -17,6 +17,7 @@ ALLOWED = {
     "format": {"dialects"},
     "activation": set(),
     "reference": {"format"},
+    "prepack": {"format"},
     "kernels": {"kernels"},
     "cpu": {"block", "format", "lowering", "reference", "report"},
     "gpu": {"activation", "block", "format", "kernels", "reference"},

@@ -1,0 +1,191 @@
+# mypy: allow-untyped-defs
+"""Prepacked words to tensor core fragments, as Triton device functions; the layout is fx_nvfp4/prepack.py's.
+
+Three forms give the same bits: inline PTX for sm_90 and up, inline PTX for sm_80, which has no packed bfloat16 multiply
+but a fused multiply-add, and plain integer operations for everything else. Results lack a factor of 128.
+"""
+
+import triton
+import triton.language as tl
+
+_PREAMBLE = """
+.reg .b32 z, t, s0, s1, zero;
+mov.b32 zero, 0x80008000;
+prmt.b32 s0, $10, 0, 0x1010;
+prmt.b32 s1, $10, 0, 0x3232;
+shf.l.wrap.b32 t, $9, $9, 2;
+lop3.b32 z, 0x60306030, $8, t, 0xCA;
+"""
+# As prepack.REGISTERS; registers alternate between the rows g and g + 8, and so between the two scales.
+_SOURCES = (("$8", 0), ("$8", 4), ("$8", 10), ("$9", 0), ("$9", 4), ("$9", 10), ("z", 14), ("z", 8))
+_MULTIPLY = {
+    ("bf16", 90): "mul.rn.bf16x2 {out}, t, {scale};",
+    ("bf16", 80): "fma.rn.bf16x2 {out}, t, {scale}, zero;",
+    ("fp16", 90): "mul.rn.f16x2 {out}, t, {scale};",
+    ("fp16", 80): "mul.rn.f16x2 {out}, t, {scale};",
+}
+# float16 keeps its exponent three bits higher: bits 8 to 6 times 8, which is once more seven times.
+_TO_FP16 = ".reg .b32 u{i};\nand.b32 u{i}, t, 0x01C001C0;\nmad.lo.u32 t, u{i}, 7, t;\n"
+
+
+def _assembly(dtype: str, arch: int) -> str:
+    text = _PREAMBLE
+    for i, (word, rotation) in enumerate(_SOURCES):
+        text += f"shf.r.wrap.b32 t, {word}, {word}, {rotation};\nand.b32 t, t, 0x81C081C0;\n"
+        if dtype == "fp16":
+            text += _TO_FP16.format(i=i)
+        text += _MULTIPLY[dtype, arch].format(out=f"${i}", scale=f"s{i % 2}") + "\n"
+    return "{" + text + "}"
+
+
+_BF16_SM90, _BF16_SM80 = tl.constexpr(_assembly("bf16", 90)), tl.constexpr(_assembly("bf16", 80))
+_FP16 = tl.constexpr(_assembly("fp16", 80))
+
+
+def decode_form(backend: str, arch: int, interpreted: bool = False) -> str:
+    """The form for a target: "sm90", "sm80" or "plain"; the only place that decides.
+
+    Args:
+        backend: Triton's name, "cuda" or "hip".
+        arch: compute capability times ten.
+        interpreted: Triton's interpreter runs the kernels; it has no inline PTX.
+    """
+    if interpreted or backend != "cuda" or arch < 80:
+        return "plain"
+    return "sm90" if arch >= 90 else "sm80"
+
+
+@triton.jit
+def _rotate_right(word, BY: tl.constexpr):
+    return (word >> BY) | (word << (32 - BY))
+
+
+@triton.jit
+def _register(word, factor, dtype: tl.constexpr):
+    """Both halves of one register, [..., 2] in dtype."""
+    bits = word & 0x81C081C0
+    if dtype == tl.float16:
+        bits += 7 * (bits & 0x01C001C0)
+    low = (bits & 0xFFFF).to(tl.uint16).to(dtype, bitcast=True)
+    high = (bits >> 16).to(tl.uint16).to(dtype, bitcast=True)
+    return tl.join(low * factor, high * factor)
+
+
+@triton.jit
+def _decode_plain(words, scales, dtype: tl.constexpr):
+    """The eight registers by integer operations: words uint32 [..., 2], scales uint32 [..., 1] holding two."""
+    w0, w1 = tl.split(words)
+    both, _ = tl.split(tl.broadcast_to(scales, words.shape))
+    f0 = (both & 0xFFFF).to(tl.uint16).to(dtype, bitcast=True)
+    f1 = (both >> 16).to(tl.uint16).to(dtype, bitcast=True)
+    z = (w0 & 0x60306030) | (_rotate_right(w1, 30) & 0x9FCF9FCF)
+    return (
+        _register(w0, f0, dtype),
+        _register(_rotate_right(w0, 4), f1, dtype),
+        _register(_rotate_right(w0, 10), f0, dtype),
+        _register(w1, f1, dtype),
+        _register(_rotate_right(w1, 4), f0, dtype),
+        _register(_rotate_right(w1, 10), f1, dtype),
+        _register(_rotate_right(z, 14), f0, dtype),
+        _register(_rotate_right(z, 8), f1, dtype),
+    )
+
+
+@triton.jit
+def _decode_ptx(words, scales, TEXT: tl.constexpr, dtype: tl.constexpr):
+    """The eight registers by inline PTX, arguments as _decode_plain's."""
+    return tl.inline_asm_elementwise(
+        TEXT,
+        "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r,r",
+        [words, tl.broadcast_to(scales, words.shape)],
+        dtype=(dtype.value,) * 8,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
+def decode_fragments(words, scales, dtype: tl.constexpr, FORM: tl.constexpr):
+    """Tiles of prepacked weights as a left operand.
+
+    Args:
+        words: uint32 [R, 128 * C], C chunks of 64 elements of K for R tiles of 16 rows.
+        scales: uint16 [R, 32 * C], a lane's two bytes in one.
+        dtype: bfloat16 or float16.
+        FORM: what decode_form says.
+
+    Returns:
+        [16 * R, 64 * C] in dtype, K permuted inside its chunks: code * block scale / 128, exact.
+    """
+    R: tl.constexpr = words.shape[0]
+    C: tl.constexpr = words.shape[1] // 128
+    words = tl.reshape(words, (R, C, 8, 4, 2, 2))
+    pair = tl.reshape(scales, (R, C, 8, 4, 1, 1)).to(tl.uint32)
+    pair = (pair & 0xFF) | ((pair & 0xFF00) << 8)
+    pair = pair * 16 + 0x76807680 if dtype == tl.bfloat16 else pair * 128 + 0x34003400
+    if FORM == "plain":
+        r0, r1, r2, r3, r4, r5, r6, r7 = _decode_plain(words, pair, dtype)
+    else:
+        if dtype == tl.float16:
+            r0, r1, r2, r3, r4, r5, r6, r7 = _decode_ptx(words, pair, _FP16, tl.float16)
+        elif FORM == "sm90":
+            r0, r1, r2, r3, r4, r5, r6, r7 = _decode_ptx(words, pair, _BF16_SM90, tl.bfloat16)
+        else:
+            r0, r1, r2, r3, r4, r5, r6, r7 = _decode_ptx(words, pair, _BF16_SM80, tl.bfloat16)
+    first = tl.join(tl.join(r0, r1), tl.join(r2, r3))
+    second = tl.join(tl.join(r4, r5), tl.join(r6, r7))
+    # [tile, chunk, g, t, j, e, row, half, step] -> [tile, row, g] x [chunk, j, step, half, t, e]
+    fragments = tl.permute(tl.join(first, second), (0, 6, 2, 1, 4, 8, 7, 3, 5))
+    return tl.reshape(fragments, (R * 16, C * 64))
+
+
+@triton.jit
+def decode_tiles_kernel(words_ptr, scales_ptr, out_ptr, R: tl.constexpr, dtype: tl.constexpr, FORM: tl.constexpr):
+    """out [16 * R, 64] of R tiles of one chunk each, for tests of the decoding alone."""
+    tile = tl.arange(0, R)[:, None]
+    words = tl.load(words_ptr + tile * 128 + tl.arange(0, 128)[None, :]).to(tl.uint32, bitcast=True)
+    scales = tl.load(scales_ptr + tile * 32 + tl.arange(0, 32)[None, :])
+    values = decode_fragments(words, scales, dtype, FORM)
+    row = tl.arange(0, 16 * R)[:, None]
+    tl.store(out_ptr + row * 64 + tl.arange(0, 64)[None, :], values)
+
+
+@triton.jit
+def prepacked_product_kernel(
+    out_ptr,
+    x_ptr,
+    words_ptr,
+    scales_ptr,
+    global_scale_ptr,
+    T,
+    N,
+    K,
+    FORM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """out [T, N] = x [T, K] @ weight [N, K].T, the weight prepacked and x's K permuted (see prepack.permute_k).
+
+    Rows of the weight lie on M of the product and rows of x on N. global_scale has one float32 for each row of the
+    weight. N is a multiple of BLOCK_N and K of BLOCK_K.
+    """
+    TILES: tl.constexpr = BLOCK_N // 16
+    CHUNKS: tl.constexpr = BLOCK_K // 64
+    tile = (tl.program_id(0) * TILES + tl.arange(0, TILES)).to(tl.int64)[:, None] * (K // 64)
+    words_ptrs = words_ptr + tile * 128 + tl.arange(0, CHUNKS * 128)[None, :]
+    scales_ptrs = scales_ptr + tile * 32 + tl.arange(0, CHUNKS * 32)[None, :]
+    t = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    x_ptrs = x_ptr + t[:, None] * K + tl.arange(0, BLOCK_K)[None, :]
+    acc = tl.zeros((BLOCK_N, BLOCK_T), dtype=tl.float32)
+    for _ in range(0, K, BLOCK_K):
+        x = tl.load(x_ptrs, mask=t[:, None] < T, other=0.0)
+        words = tl.load(words_ptrs).to(tl.uint32, bitcast=True)
+        w = decode_fragments(words, tl.load(scales_ptrs), x.dtype, FORM)
+        acc = tl.dot(w, tl.trans(x), acc)
+        x_ptrs += BLOCK_K
+        words_ptrs += CHUNKS * 128
+        scales_ptrs += CHUNKS * 32
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    y = acc * 128.0 * tl.load(global_scale_ptr + n)[:, None]
+    tl.store(out_ptr + t[:, None] * N + n[None, :], tl.trans(y).to(out_ptr.dtype.element_ty), mask=t[:, None] < T)
