@@ -34,7 +34,7 @@ ALLOWED = {
     "prepare": {"checkpoints", "preparation", "report", "tensor"},
     "report_table": {"report"},
     "report": {"report_table"},
-    "passes": {"passes", "activation", "format", "ops", "report"},
+    "passes": {"passes", "activation", "dialects", "format", "ops", "report"},
     "lowering": {"lowering", "passes"},
     "tables": {"lowering", "report"},
     "kernel_choice": {"kernels", "report"},
