@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from .kernel_choice import with_choice
 from .lowering import compat
 from .passes.cone import BYTES, WORDS
 from .passes.emulate import emulate
+from .passes.settings import Settings
 from .report import Cost, NotEmulatedError, NVFP4Warning, Report, module_path
 from .tables import TableGuard, find_tables, hash_tables
 from .tensor import NVFP4Weight, layout_key
@@ -29,7 +31,18 @@ from .torchao_interop import is_torchao_nvfp4
 
 log = logging.getLogger("fx_nvfp4")
 
-OPTIONS: dict[str, bool] = {"strict": False, "lift": True, "codegen": True}
+_SWITCHES = (True, False)
+# name -> (default, the values that it may have)
+OPTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "strict": (False, _SWITCHES),
+    "lift": (True, _SWITCHES),
+    "codegen": (True, _SWITCHES),
+    "activations": ("checkpoint", ("checkpoint", "nvfp4", "none")),
+    "as_written": (False, _SWITCHES),
+    "out_dtype": (None, (None, torch.float32, torch.bfloat16, torch.float16)),
+    "shared_scales": (None, (None, "vllm")),
+    "check_finite": (False, _SWITCHES),
+}
 _PACKED_DTYPES = (*BYTES, *WORDS)
 _collectors: ContextVar[tuple[Report, ...]] = ContextVar("fx_nvfp4_collectors", default=())
 
@@ -50,7 +63,9 @@ def nvfp4_emu(
         options: ours are ``"strict"`` (default False), raise where a packed weight would be dequantised instead of
             warning; ``"lift"`` (default True), replace whole MoE blocks by one op and not just their products;
             ``"codegen"`` (default True), False runs the rewritten graph op by op instead of generating code, which
-            tells an error of the rewriting from one of a kernel. Every other name goes to Inductor's config.
+            tells an error of the rewriting from one of a kernel. On the arithmetic: ``"activations"`` (default
+            "checkpoint"), ``"as_written"``, ``"out_dtype"``, ``"shared_scales"`` and ``"check_finite"``, see
+            :class:`fx_nvfp4.passes.settings.Settings`. Every other name goes to Inductor's config.
 
     Raises:
         NotEmulatedError: strict, and a packed weight is not emulated; names the site, the reason and what to do.
@@ -100,8 +115,11 @@ class EmulationPass(CustomGraphPass):
         self._files = files
         self._sources = compat.input_sources(gm)
         self._options = dict(options)
+        self._settings = Settings(**{f.name: options[f.name] for f in fields(Settings)})
         self._tables = tables
-        self._uuid = f"{compat.package_hash()}-{json.dumps(self._options, sort_keys=True)}-{hash_tables(tables)}"
+        self._uuid = (
+            f"{compat.package_hash()}-{json.dumps(self._options, sort_keys=True, default=str)}-{hash_tables(tables)}"
+        )
         self.report: Report | None = None
         self.used_tables: set[int] = set()
 
@@ -112,7 +130,7 @@ class EmulationPass(CustomGraphPass):
         names = {n: self._name(*source) for n, source in inputs.items()}
         if self._files:
             self._files.add_graph("Graph before the pass", graph)
-        report, tables = emulate(graph, constants, names, lift=self._options["lift"])
+        report, tables = emulate(graph, constants, names, self._settings)
         report.matched = [with_choice(m) for m in report.matched]
         if self._files:
             self._files.add_graph("Graph after the pass", graph)
@@ -206,11 +224,16 @@ def _refusals(report: Report) -> str:
 
 
 def _split_options(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    ours = {**OPTIONS, **{name: value for name, value in options.items() if name in OPTIONS}}
+    ours = {name: options.get(name, default) for name, (default, _) in OPTIONS.items()}
     for name, value in ours.items():
-        if not isinstance(value, bool):
-            raise RuntimeError(f"option {name!r} must be True or False, got {value!r}")
+        allowed = OPTIONS[name][1]
+        if not any(value is a or (isinstance(a, str) and value == a) for a in allowed):
+            raise RuntimeError(f"option {name!r} must be {' or '.join(map(_written, allowed))}, got {value!r}")
     return ours, compat.inductor_patches({k: v for k, v in options.items() if k not in OPTIONS})
+
+
+def _written(value: Any) -> str:
+    return f'"{value}"' if isinstance(value, str) else str(value)
 
 
 def _holds_packed(example_inputs: Sequence[Any]) -> bool:

@@ -82,8 +82,9 @@ class Dialect:
         """fp32 numbers that E2M1 rounding turns into codes."""
         reciprocal = torch.where(scale == 0, 0.0, 1.0 / (scale * s))
         scaled = blocks.float() * reciprocal
-        # inf * 0 is NaN; in a block without a scale every code is zero.
-        return torch.where(scale == 0, torch.copysign(torch.zeros_like(scaled), blocks.float()), scaled)
+        # inf * 0 is NaN; in a block without a scale every code is zero, with the sign of a number, and + for NaN.
+        signed = torch.copysign(torch.zeros_like(scaled), blocks.float())
+        return torch.where(scale == 0, torch.where(blocks.isnan(), 0.0, signed), scaled)
 
     def value(self, code_value: Tensor, scale: Tensor, s: Tensor, g: Tensor) -> Tensor:
         """fp32 values of decoded codes; scale and s are multiplied first, as all producers do."""
@@ -170,6 +171,21 @@ class ModelOpt(Dialect):
         return _unsigned_zero(code_value) * (scale * s)
 
 
+class ModelOptKernel(Dialect):
+    """ModelOpt's fake-quantisation kernel: the hardware's codes by true division; tiny block scales give zeros."""
+
+    name = "modelopt-kernel"
+    smallest_scale = 1e-5  # of block scale times global scale
+
+    def block_scale(self, amax: Tensor, s: Tensor, g: Tensor) -> Tensor:
+        scale = super().block_scale(amax, s, g).float()
+        return torch.where(scale * s < self.smallest_scale, 0.0, scale).to(torch.float8_e4m3fn)
+
+    def scaled(self, blocks: Tensor, scale: Tensor, s: Tensor, g: Tensor) -> Tensor:
+        zero = torch.zeros_like(blocks, dtype=torch.float32)
+        return torch.where(scale == 0, zero, _unsigned_zero(blocks).float() / (scale * s))
+
+
 class TorchAO(Dialect):
     """torchao's NVFP4Tensor: no subnormal block scale, multiplication by (1 / s) / scale."""
 
@@ -190,7 +206,8 @@ class TorchAO(Dialect):
         return blocks.float() * ((1.0 / s) / scale)
 
 
-DIALECTS: dict[str, Dialect] = {d.name: d for d in (Dialect(), Vllm(), CompressedTensors(), ModelOpt(), TorchAO())}
+_RULES = (Dialect(), Vllm(), CompressedTensors(), ModelOpt(), ModelOptKernel(), TorchAO())
+DIALECTS: dict[str, Dialect] = {d.name: d for d in _RULES}
 
 
 def get_dialect(name: str) -> Dialect:

@@ -191,6 +191,21 @@ def fake_quantize(x: Tensor, scale: Tensor, dialect: str = "hardware") -> Tensor
     return bodies(x).fake_quantize(x, scale, dialect)
 
 
+@torch.library.custom_op("fx_nvfp4::check_finite", mutates_args=(), schema="(Tensor x, str site) -> Tensor")
+def check_finite(x: Tensor, site: str) -> Tensor:
+    """A copy of activations x that are about to be rounded, which would turn NaN into 6: for debugging, it waits for x.
+
+    Raises:
+        FloatingPointError: x holds NaN or an infinity; names the site and the first one's place.
+    """
+    odd = (~x.isfinite()).nonzero()
+    if len(odd):
+        place = odd[0].tolist()
+        value = x[tuple(place)].item()
+        raise FloatingPointError(f"{site}: {len(odd)} activations are not finite, the first is {value} at {place}")
+    return x.clone(memory_format=torch.contiguous_format)
+
+
 @torch.library.custom_op(
     "fx_nvfp4::dequantize",
     mutates_args=(),
@@ -235,6 +250,11 @@ def _(x: Tensor, qdata: Tensor, *_args: Any) -> Tensor:
 @grouped.register_fake
 def _(x: Tensor, qdata: Tensor, *_args: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], qdata.shape[1])
+
+
+@check_finite.register_fake
+def _(x: Tensor, site: str) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 @fake_quantize.register_fake

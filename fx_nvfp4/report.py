@@ -37,6 +37,8 @@ class Match:
         x: shape of the left operand; symbolic sizes by their names.
         dtype: dtype of the activations and of the result.
         activations: "W4A16", "W4A4 static", "W4A4 static per-expert" or "W4A4 dynamic", then the dialect.
+        activations_from: what decided so: "tensor", "spelled" by the model (", as written" where its own roundings are
+            kept), "option", or "" where activations are not quantised.
         source: "packed tensor", or the exact formula by which the graph spelled the dequantisation.
         notes: what a user may want to change, e.g. codes that are laid out anew at each call.
         rows: rows of x that one weight is expected to multiply, as the kernels estimate it; 0 if not known.
@@ -60,11 +62,13 @@ class Match:
     device: str = ""
     config: str = ""
     milliseconds: float | None = None
+    activations_from: str = ""
 
     def row(self) -> tuple[str, ...]:
         weight = f"{self.experts} x " if self.experts else ""
         shapes = f"{weight}{self.n} x {self.k}", f"{self.x} {self.dtype}"
-        return self.where, self.op, *shapes, self.activations, self.source
+        decided = f" ({self.activations_from})" if self.activations_from else ""
+        return self.where, self.op, *shapes, self.activations + decided, self.source
 
 
 @dataclass(frozen=True)

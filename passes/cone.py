@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -275,7 +275,12 @@ def cone_key(node: Node) -> Hashable:
     result for one operand, its nodes replaced by their counterparts, is that for every other with an equal key, if the
     `constants` named in its `tables` have equal values too.
     """
-    numbers = {n: i for i, n in enumerate(cone_nodes(node))}
+    return structure(cone_nodes(node))
+
+
+def structure(nodes: Sequence[Node]) -> Hashable:
+    """How nodes are computed from one another, and of what kind is what they are computed from besides."""
+    numbers = {n: i for i, n in enumerate(nodes)}
 
     def plain(arg: Any) -> Hashable:
         if isinstance(arg, (list, tuple)):

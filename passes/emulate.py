@@ -13,12 +13,15 @@ from torch.fx import Node
 
 from fx_nvfp4.report import Cost, Match, Refusal, Report
 
+from .activation_sites import settle_activations
 from .emitter import CannotRewriteError
 from .experts import Memo, Site, find_sites
 from .lift import lift as lift_blocks
 from .nodes import arguments, hint, shape_of
 from .place import origin, where
 from .rewrite import rewrite
+from .settings import Settings, adjust_products
+from .shared_scales import share_all_scales
 from .transformers_grad import spell_out_fallback
 from .verify import find_dequantized, find_spelled
 
@@ -29,7 +32,10 @@ _OPS = {getattr(torch.ops.fx_nvfp4, name).default: name for name in OP_NAMES}
 
 
 def emulate(
-    graph: fx.Graph, constants: Mapping[Node, Tensor], names: Mapping[Node, str], lift: bool = True
+    graph: fx.Graph,
+    constants: Mapping[Node, Tensor],
+    names: Mapping[Node, str],
+    settings: Settings = Settings(),  # noqa: B008 - frozen
 ) -> tuple[Report, set[Node]]:
     """Rewrite every product with a packed weight in place, then whole blocks of them.
 
@@ -40,7 +46,7 @@ def emulate(
         graph: AOTAutograd's joint or forward graph.
         constants: known values of small static placeholders.
         names: what placeholders are called in the user's model.
-        lift: replace whole MoE blocks by one op where that is proven right.
+        settings: what the user decides.
 
     Returns:
         (report, placeholders whose values the rewriting relies on).
@@ -54,7 +60,14 @@ def emulate(
     tables: set[Node] = set()
     refused = [Refusal(where(r.node), r.node.name, r.reason, r.advice) for r in near_misses]
     with cost.stage("rewrite"):
+        as_written = []
         for site in sites:
+            if settings.as_written and _rounds_early(site):
+                as_written.append(
+                    f"{where(site.product.node)}: left as written, the weight rounded as {site.weight.formula}"
+                )
+                known.add(site.weight.operand)
+                continue
             try:
                 done = rewrite(graph, site)
             except CannotRewriteError as error:
@@ -64,20 +77,37 @@ def emulate(
             sources[done.op] = site.weight.formula, done.notes
             tables.update(t for t in site.weight.tables if t.op == "placeholder")
         graph.eliminate_dead_code()
+    with cost.stage("activations"):
+        activations = settle_activations(graph, constants, settings, memo.recognise)
+        refused += activations.refused
+        known |= activations.packed
+        tables.update(t for t in activations.tables if t.op == "placeholder")
+        notes = [*as_written, *adjust_products(graph, settings)]
+        graph.eliminate_dead_code()
         graph.lint()
     called = [n for n in graph.nodes if n.target is _MOE]  # by the model itself, as fx_nvfp4.prepare makes it do
     matches = {n: _match(n, names, *sources.get(n, _AS_IT_IS)) for n in graph.nodes if n.target in _OPS}
     blocks = []
-    if lift:
+    if settings.lift and not (settings.out_dtype or settings.check_finite):
         with cost.stage("lift"):
             lifted = lift_blocks(graph, names)
         blocks = lifted.entries
         matches.update({n: replace(matches[n], op="moe") for n in lifted.products})
-    matched = [*matches.values(), *(row for n in called for row in _moe_matches(n, names))]
+    notes += share_all_scales(graph, settings)
+    blocks_of_model = {n: _moe_matches(n, names) for n in called}
+    decided = activations.decided
+    matched = [decided(n, m) for n, m in matches.items()]
+    matched += [decided(n, row) for n, rows in blocks_of_model.items() for row in rows]
     with cost.stage("verify"):
         refused += [*find_dequantized(graph), *find_spelled(graph, memo.recognise, known)]
-        refused, notes = _apart_from_backward(graph, refused)
-    return Report(matched, refused, blocks, notes, graphs=1, cost=cost), tables
+        refused, of_backward = _apart_from_backward(graph, refused)
+    return Report(matched, refused, blocks, [*notes, *of_backward], graphs=1, cost=cost), tables
+
+
+def _rounds_early(site: Site) -> bool:
+    """Whether the graph's own dequantisation rounds: codes times block scales are exact, but for a global scale."""
+    weight = site.weight
+    return weight.global_scale is not None or math.frexp(abs(weight.factor))[0] != 0.5
 
 
 def _apart_from_backward(graph: fx.Graph, refused: list[Refusal]) -> tuple[list[Refusal], list[str]]:

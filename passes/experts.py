@@ -73,14 +73,15 @@ class Memo:
 
     def _recognise(self, node: Node) -> PackedWeight | Refusal | None:
         nodes = cone_nodes(node)
-        key = cone_key(node), tuple(self._fingerprint(n) for n in nodes)
+        key = cone_key(node), tuple(fingerprint(self._constants.get(n)) for n in nodes)
         if key not in self._results:
             self._results[key] = nodes, recognise_weight(node, self._constants)
             return self._results[key][1]
         known, result = self._results[key]
         return renamed(result, dict(zip(known, nodes, strict=True)))
 
-    def _fingerprint(self, node: Node) -> bytes | None:
-        value = self._constants.get(node)
-        with unset_fake_temporarily():
-            return None if value is None else value.cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+
+def fingerprint(constant: Tensor | None) -> bytes | None:
+    """The values of a constant, to be part of a key."""
+    with unset_fake_temporarily():
+        return None if constant is None else constant.cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()

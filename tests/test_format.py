@@ -37,6 +37,17 @@ def test_fake_quantize_gives_each_producers_values_to_the_sign_of_zero(dialect, 
     assert golden.equal_with_signs(values, expected["qdq"].to(x.dtype))
 
 
+@pytest.mark.parametrize("dtype", golden.DTYPES)
+@pytest.mark.parametrize("i", golden.GLOBAL_SCALES)
+def test_fake_quantize_gives_the_values_of_modelopts_kernel_for_finite_blocks(dtype, i):
+    # Its file holds values alone; NaN was not run on a GPU, and zeros of blocks that vanish lose their sign.
+    x, expected = golden.load("inputs")[f"x_{dtype}"], golden.load("modelopt_kernel")[f"{dtype}.gs{i}.qdq"]
+    values = nvfp4.fake_quantize(x, 1.0 / golden.load("inputs")["gs"][i].double(), "modelopt-kernel")
+    finite = x.isfinite().unflatten(-1, (-1, 16)).all(-1)
+    blocks = (t.unflatten(-1, (-1, 16))[finite] for t in (values, expected))
+    assert torch.equal(*blocks)
+
+
 def test_a_float64_global_scale_recovers_the_divisor_that_a_float32_one_loses():
     divisor = golden.load("inputs")["gs"][1]
     assert 1.0 / (1.0 / divisor) != divisor, "the case that makes the difference"

@@ -15,9 +15,12 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fx_nvfp4 import format as oracle
 from fx_nvfp4.kernels.batched import batched, linear
 from fx_nvfp4.kernels.decode import fp32_to_e2m1, fp32_to_e4m3
 from fx_nvfp4.kernels.dequantize import dequantize
@@ -160,6 +163,24 @@ def test_fake_quantize_is_the_hardware_rule(name: str, scale_index: int, device:
     codes = hw[f"{key}.codes"]
     unscaled = code_values(codes[:, ::2] | codes[:, 1::2] << 4) * scale_values(hw[f"{key}.scale"])
     assert_same_bits(fake_quantize_unscaled(x, act_scale), unscaled.to(x.dtype))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    bits=st.lists(st.integers(0, 2**32 - 1), min_size=16, max_size=16),
+    tied=st.booleans(),
+    scale=st.floats(2.0**-30, 2.0**10),
+    dtype=st.sampled_from(list(DTYPES.values())),
+)
+def test_fake_quantize_never_differs_from_the_oracle(bits: list[int], tied: bool, scale: float, dtype) -> None:
+    """Any bit patterns, NaN and subnormals among them, or numbers half way between codes."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x = torch.tensor(bits, dtype=torch.int64).to(torch.int32).view(torch.float32)
+    if tied:
+        ties = torch.tensor([0.0, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0])
+        x = ties[torch.tensor(bits) % 9] * torch.where(torch.tensor(bits) % 2 == 0, 1.0, -1.0) * scale
+    x, act_scale = x.to(dtype)[None].to(device), torch.tensor(scale, dtype=torch.float64, device=device)
+    assert_same_bits(fake_quantize(x, act_scale), oracle.fake_quantize(x, act_scale))
 
 
 @each_dtype

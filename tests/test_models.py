@@ -68,6 +68,17 @@ def test_bf16_agrees_by_mean(device, name):
     assert (logits.float() - other.float()).abs().mean() < 0.4
 
 
+@pytest.mark.parametrize("name", [n for n in CHECKPOINTS if "mismatched" in n])
+def test_vllms_shared_scales_are_its_own_logits_and_only_on_request(device, name):
+    ref = load_file(CHECKPOINTS[name] / "reference.safetensors", device=device)
+    model = fx_nvfp4.load(CHECKPOINTS[name], device, torch.float32, dialect="producer", progress=False)
+    logits, report = compiled_logits(model, ref["input_ids"], shared_scales="vllm")
+    shortcut, exact = (ref[f"logits_w4a4{kind}_f32"] for kind in ("_vllm_shortcut", ""))
+    assert away_from_boundary(name, (logits - shortcut).abs()).max() < 1e-4
+    assert (logits - exact).abs().max() > 1
+    assert all("as vLLM" in note for note in report.notes)
+
+
 @pytest.mark.parametrize("lift", [True, False])
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
 def test_both_expert_implementations_become_ops(device, implementation, lift):

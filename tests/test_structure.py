@@ -44,7 +44,7 @@ ALLOWED = {
     "save": {"checkpoints", "ops", "tensor"},
     "report_table": {"report"},
     "report": {"report_table"},
-    "passes": {"passes", "activation", "format", "ops", "report"},
+    "passes": {"passes", "activation", "dialects", "format", "ops", "report"},
     "lowering": {"lowering", "passes"},
     "tables": {"lowering", "report"},
     "kernel_choice": {"cpu", "kernels", "report"},

@@ -16,6 +16,7 @@ from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..passes.emulate import emulate
+from ..passes.settings import Settings
 from ..tensor import NVFP4Weight
 from .middle import Middle, chosen, find_middle
 from .record import Unsuited
@@ -167,7 +168,9 @@ def _trace(expert: nn.Module, leaves: list[Leaf], x: Tensor) -> tuple[fx.GraphMo
     graph = graph_module.graph
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     constants = {n: v for n, v in zip(placeholders, (*values, *values), strict=False) if _is_table(v)}
-    report, tables = emulate(graph, constants, dict(zip(placeholders, (*names, *names), strict=False)), lift=False)
+    report, tables = emulate(
+        graph, constants, dict(zip(placeholders, (*names, *names), strict=False)), Settings(lift=False)
+    )
     if report.refused:
         raise Unsuited(f"in its experts, {report.refused[0]}")
     return graph_module, {placeholders.index(n) % len(leaves) for n in tables}

@@ -1,0 +1,159 @@
+"""Says by which rule a graph quantises activations: evaluated on boundary cases, and compared bit by bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.fx import Node
+
+from fx_nvfp4.dialects import DIALECTS, E2M1_MAX, E4M3_MAX
+from fx_nvfp4.format import BLOCK, fake_quantize
+
+from .activation_worlds import Worlds, finite, not_finite
+from .coords import Coords, unravel
+from .nodes import elements, flat_index, shape_of
+from .sample import Sampler, Unsupported
+
+Op = Literal["multiply", "divide", "amax"]
+Per = Literal["tensor", "row", "expert"]
+_JUNK = 7.3  # what other blocks, rows and experts hold: a rule that looks at them gives other numbers
+_JUNK_SCALE = 0.37
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A stretch of the graph: from x [.., K], and a scale or none, to `out`, as large as x.
+
+    per: one scale for all of x, one for each row, or one for each slice of the first dimension. `computed`: from x
+    itself, so that no block overflows.
+    """
+
+    x: Node
+    out: Node
+    scale: Node | None
+    per: Per
+    computed: bool
+
+
+@dataclass(frozen=True)
+class Rule:
+    """out = fake_quantize(x in `dtype`, s) of a dialect, in out's dtype.
+
+    s is the scale (op "multiply"), its reciprocal ("divide"), the scale / 2688 in fp32 ("amax"), or without a scale the
+    number `factor`. `signs`: zeros
+    have the same signs too; `special`: NaN and infinities too become the same.
+    """
+
+    dialect: str
+    dtype: torch.dtype
+    op: Op
+    factor: float
+    signs: bool
+    special: bool
+
+
+def rule_of(cut: Cut, factors: tuple[float, ...], constants: Mapping[Node, Tensor]) -> Rule | None:
+    """The rule that gives the same bits as the graph in every boundary case, or None.
+
+    Args:
+        factors: without a scale, the numbers that may stand for one.
+        constants: known values of small tables.
+    """
+    ops: tuple[Op, ...] = ("divide", "multiply") if cut.scale is not None else ("multiply",)
+    with unset_fake_temporarily():
+        found = (_matching(cut, op, factor, constants) for op in ops for factor in factors)
+        return next((rule for rule in found if rule is not None), None)
+
+
+def _matching(cut: Cut, op: Op, factor: float, constants: Mapping[Node, Tensor]) -> Rule | None:
+    try:
+        worlds, x, exact, got = _evaluate(cut, _finite(cut, factor), op, constants)
+        odd = _evaluate(cut, _not_finite(cut, factor), op, constants)
+    except (Unsupported, RuntimeError):
+        return None
+    found = []
+    for dialect, dtype in _candidates(cut):
+        want = _values(cut, x, exact, dialect, dtype, worlds.positions())
+        if _equal(got, want, signs=False):
+            special = _equal(odd[3], _values(cut, odd[1], odd[2], dialect, dtype, odd[0].positions()), signs=False)
+            found.append(Rule(dialect, dtype, op, factor, _equal(got, want, signs=True), special))
+    return max(found, key=lambda r: (r.special, r.signs), default=None)
+
+
+def _candidates(cut: Cut) -> Iterator[tuple[str, torch.dtype]]:
+    own = cut.x.meta["val"].dtype
+    for dtype in dict.fromkeys((own, torch.float32)):
+        for dialect in DIALECTS:
+            yield dialect, dtype
+
+
+def _finite(cut: Cut, factor: float) -> Worlds:
+    worlds = finite()
+    if cut.scale is not None:
+        return worlds
+    one = worlds.where(worlds.scales == 1.0)
+    return Worlds(one.blocks * factor, one.scales * factor)
+
+
+def _not_finite(cut: Cut, factor: float) -> Worlds:
+    worlds = not_finite()
+    if cut.computed:  # then the scale is not finite either
+        worlds = worlds.where(worlds.blocks.isfinite().all(1))
+    return worlds if cut.scale is not None else Worlds(worlds.blocks, torch.full_like(worlds.scales, factor))
+
+
+def _evaluate(
+    cut: Cut, worlds: Worlds, op: Op, constants: Mapping[Node, Tensor]
+) -> tuple[Worlds, Tensor, Tensor, Tensor]:
+    """The worlds that apply, blocks [B, 16] in x's dtype, multipliers [B] (float64), what the graph made [B, P]."""
+    x, scale, exact = _as_given(cut, worlds, op)
+    if cut.computed:
+        fits = x.double().abs().amax(1) <= E2M1_MAX * E4M3_MAX * exact
+        worlds, x, scale, exact = worlds.where(fits), x[fits], scale[fits], exact[fits]
+    positions, shape = worlds.positions(), shape_of(cut.x)
+    count, rows = positions.shape[1], elements(cut.x) // shape[-1]
+    every = torch.arange(len(x))
+    row, block = every * 7919 % rows, every % (shape[-1] // BLOCK)
+    owner = row // (rows // shape[0]) if cut.per == "expert" else row if cut.per == "row" else torch.zeros_like(row)
+
+    def leaf(node: Node, at: Coords) -> Tensor | None:
+        world = at.sample // count
+        if node is cut.x:
+            place = flat_index(node, at.index)
+            mine = place // BLOCK == row[world] * (shape[-1] // BLOCK) + block[world]
+            return torch.where(mine, x[world, place % BLOCK], _JUNK).to(x.dtype)
+        if node is cut.scale:
+            mine = flat_index(node, at.index) == owner[world]
+            return torch.where(mine, scale[world], _JUNK_SCALE).to(scale.dtype)
+        if node in constants:
+            return constants[node].reshape(-1)[flat_index(node, at.index)]
+        return None
+
+    flat = (row[:, None] * shape[-1] + block[:, None] * BLOCK + positions).reshape(-1)
+    out = Sampler(leaf).evaluate(cut.out, torch.stack(unravel(flat, shape), 1))
+    return worlds, x, exact, out.reshape(len(x), count)
+
+
+def _as_given(cut: Cut, worlds: Worlds, op: Op) -> tuple[Tensor, Tensor, Tensor]:
+    """x in its dtype, the scale in its own, and the multiplier that it stands for."""
+    x = worlds.blocks.to(cut.x.meta["val"].dtype)
+    if cut.scale is None:
+        return x, worlds.scales, worlds.scales
+    scale = (1 / worlds.scales if op == "divide" else worlds.scales).to(cut.scale.meta["val"].dtype)
+    exact = scale.double()
+    return x, scale, 1 / exact if op == "divide" else exact
+
+
+def _values(cut: Cut, x: Tensor, exact: Tensor, dialect: str, dtype: torch.dtype, positions: Tensor) -> Tensor:
+    values = fake_quantize(x.to(dtype), exact[:, None], dialect).to(cut.out.meta["val"].dtype)
+    return values.gather(1, positions)
+
+
+def _equal(a: Tensor, b: Tensor, signs: bool) -> bool:
+    same = (a == b) | (a.isnan() & b.isnan())
+    return bool((same & (torch.signbit(a) == torch.signbit(b)) if signs else same).all())

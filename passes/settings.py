@@ -1,0 +1,129 @@
+"""What the user decides about the arithmetic of the products, whatever their graph and their tensors say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+from torch.fx import Node
+
+from .emitter import Emitter
+from .nodes import arguments
+from .place import where
+from .quantise import mode_of, set_activations
+
+prims = torch.ops.prims
+nvfp4 = torch.ops.fx_nvfp4
+PRODUCTS = tuple(getattr(nvfp4, name).default for name in ("linear", "batched", "indexed", "grouped"))
+_MOE = nvfp4.moe.default
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Defaults are what the checkpoint says.
+
+    lift: replace whole MoE blocks by one op where that is proven right.
+    activations: where the model does not quantise them itself: "checkpoint", as the packed tensor says; "nvfp4", also
+        those of weight-only weights, dynamically; "none", not at all.
+    as_written: leave a site alone whose own formula rounds earlier than our op would.
+    out_dtype: what products are rounded to, instead of the graph's dtype.
+    shared_scales: "vllm": one activation scale for all experts, and gate's weight scale for up too.
+    check_finite: raise where activations that are quantised are NaN or infinite.
+    """
+
+    lift: bool = True
+    activations: str = "checkpoint"
+    as_written: bool = False
+    out_dtype: torch.dtype | None = None
+    shared_scales: str | None = None
+    check_finite: bool = False
+
+
+def apply_activations(op: Node, wanted: str) -> str:
+    """Set how an op quantises activations that the model does not; returns what decided it."""
+    mode = mode_of(op)
+    if wanted == "none" and _quantises(op):
+        _set_all(op, "none")
+        return "option"
+    if wanted == "nvfp4" and mode == "none":
+        _set_all(op, "dynamic")
+        return "option"
+    return "tensor" if _quantises(op) else ""
+
+
+def _quantises(op: Node) -> bool:
+    return mode_of(op) != "none" or getattr(arguments(op), "down_activations", "none") != "none"
+
+
+def _set_all(op: Node, mode: str) -> None:
+    """Up products first; a whole block's down product too."""
+    dialect = arguments(op).dialect
+    set_activations(op, None, mode, dialect)
+    if op.target is not _MOE:
+        return
+    given = arguments(op)
+    if mode == "none" or given.down_activations == "none":
+        given.down_activations, given.down_act_scale = mode, None
+    op.args = tuple(getattr(given, argument.name) for argument in op.target._schema.arguments)  # type: ignore[union-attr]
+
+
+def adjust_products(graph: fx.Graph, settings: Settings) -> list[str]:
+    """Apply what concerns products one by one; notes on what was left out."""
+    notes: dict[str, None] = {}
+    for op in [n for n in graph.nodes if n.target in (*PRODUCTS, _MOE)]:
+        if settings.check_finite and _quantises(op):
+            _check_finite(graph, op)
+        if settings.out_dtype is not None and (why := _cast_result(graph, op, settings.out_dtype)):
+            notes[f"{where(op)}: out_dtype={settings.out_dtype} is left out: {why}"] = None
+    return list(notes)
+
+
+def _check_finite(graph: fx.Graph, op: Node) -> None:
+    """Look at an op's activations before it rounds them, which turns NaN into 6."""
+    emit = Emitter(graph, op)
+    with graph.inserting_before(op):
+        x = emit(nvfp4.check_finite.default, op.args[0], where(op))
+    op.args = (x, *op.args[1:])
+
+
+def _cast_result(graph: fx.Graph, op: Node, dtype: torch.dtype) -> str:
+    """Round an op's result to dtype instead of to the graph's, or say why not."""
+    own = op.meta["val"].dtype
+    if own == dtype:
+        return ""
+    if dtype == torch.float32:
+        return _widen(graph, op)
+    if own != torch.float32:
+        return f"the graph's {own} does not hold all numbers of that dtype"
+    with graph.inserting_after(op):
+        narrow = graph.call_function(prims.convert_element_type.default, (op, dtype))
+    with graph.inserting_after(narrow):
+        wide = graph.call_function(prims.convert_element_type.default, (narrow, own))
+    for node, source in ((narrow, op), (wide, narrow)):
+        node.meta.update({**op.meta, "val": source.meta["val"].to(node.args[1])})
+    op.replace_all_uses_with(wide, delete_user_cb=lambda user: user is not narrow)
+    return ""
+
+
+def _widen(graph: fx.Graph, op: Node) -> str:
+    """Where the graph casts the result at once: the op on activations in fp32, whose sum is not rounded again."""
+    given = arguments(op)
+    if op.target is _MOE:
+        return "a whole block rounds between its products"
+    if not op.users or not all(_is_cast_to_float32(user) for user in op.users):
+        return f"the graph takes the result as {op.meta['val'].dtype}, not cast to float32"
+    if given.activations != "none" and given.dialect == "compressed-tensors":
+        return "the compressed-tensors rule rounds by the dtype of the activations"
+    emit = Emitter(graph, op)
+    with graph.inserting_before(op):
+        op.args = (emit(prims.convert_element_type.default, op.args[0], torch.float32), *op.args[1:])
+    op.meta["val"] = op.meta["val"].float()
+    for cast in list(op.users):
+        cast.replace_all_uses_with(op)
+        graph.erase_node(cast)
+    return ""
+
+
+def _is_cast_to_float32(node: Node) -> bool:
+    return node.target is prims.convert_element_type.default and node.args[1] == torch.float32
