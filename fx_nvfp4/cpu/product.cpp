@@ -480,7 +480,7 @@ void round_block(const T* from, float scale, float inverse, T* to) {
     const float m = block_scale == 0.f ? 0.f : std::fabs(x[i] * to_code);
     float e2m1 = (m > .25f ? .5f : 0.f) + (m >= .75f ? .5f : 0.f) + (m > 1.25f ? .5f : 0.f) + (m >= 1.75f ? .5f : 0.f);
     e2m1 += (m > 2.5f ? 1.f : 0.f) + (m >= 3.5f ? 1.f : 0.f) + (m > 5.f ? 2.f : 0.f);
-    to[i] = static_cast<T>((m == m ? std::copysign(e2m1, x[i]) : 6.f) * block_scale);
+    to[i] = static_cast<T>((x[i] == x[i] && m == m ? std::copysign(e2m1, x[i]) : 6.f) * block_scale);
   }
 }
 
