@@ -199,8 +199,8 @@ def _with_tokens(units: tuple[Unit, ...], x: Node, ends: list[Node]) -> Iterator
         outside = _outside(units, inside) - {x}
         cone = _routing_cone(outside, x)
         for ids in _ids(cone, outside, inside, tokens):
-            choices = _choices(ids)
-            distinct = choices is not None or elements(ids) == tokens
+            choices, choosers = _choices(ids)
+            distinct = tokens in (choosers, elements(ids))
             bounded = choices is not None
             for weights, per_expert in _weights(cone, outside, inside, ids, tokens * experts):
                 for wraps in (False,) if bounded else (False, True):
@@ -322,8 +322,9 @@ def _routing_cone(outside: set[Node], x: Node) -> list[Node]:
     return sorted((n for n in seen if is_tensor(n)), reverse=True)
 
 
-def _choices(ids: Node) -> int | None:
-    """How many experts ids choose from, where they come from an op that gives different ones to each token."""
+def _choices(ids: Node) -> tuple[int | None, int]:
+    """How many experts ids choose from, and how many rows of an op that gives each row different ones; (None, 0) if
+    they come from no such op. A token whose ids come from several rows, as those of two routers, may have one twice."""
     while ids.target in _SAME_INTEGERS and is_tensor(ids.args[0]):
         ids = ids.args[0]  # type: ignore[assignment]
     call = ids.args[0] if ids.target is operator.getitem and ids.args[1] == 1 else ids
@@ -332,5 +333,6 @@ def _choices(ids: Node) -> int | None:
         if a.dim % len(shape_of(a.self)) == len(shape_of(a.self)) - 1 and not isinstance(
             a.self.meta["val"].shape[-1], torch.SymInt
         ):
-            return shape_of(a.self)[-1]
-    return None
+            choices = shape_of(a.self)[-1]
+            return choices, elements(a.self) // choices
+    return None, 0

@@ -296,6 +296,17 @@ def test_ids_from_outside_that_may_repeat():
     assert "slots" in not_lifted(Given(dense), inputs=lambda *_: (x_of(), torch.rand(T, A), ids))
 
 
+def test_experts_of_two_routers_may_be_the_same():
+    """Rows of top-k that are put together to one token's, whose weights a scatter would not add."""
+
+    def two_routers(m, x, weights, scores):
+        return dense(m, x, weights, scores.view(-1, 2, E).topk(1).indices.view(-1, 2))
+
+    scores = F.one_hot(torch.arange(T) % E, E).float().repeat(1, 2)  # both take the same
+    inputs = lambda *_: (x_of(), torch.rand(T, 2) + 0.5, scores)  # noqa: E731
+    assert "slots" in not_lifted(Given(two_routers), inputs=inputs)
+
+
 ACTIVATIONS = {
     "gelu(g) * u": lambda y: F.gelu(y[..., :WIDTH]) * y[..., WIDTH:],
     "gelu_tanh(g) * u": lambda y: F.gelu(y[..., :WIDTH], approximate="tanh") * y[..., WIDTH:],
