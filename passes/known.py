@@ -6,7 +6,7 @@ After:   one proof, and 48 blocks
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from .block import Block, Candidate
 from .found import Refused
-from .nodes import is_size, renamed
+from .nodes import below, is_size, renamed
 from .proof import prove, spreading
 from .sample import Unsupported
 
@@ -49,10 +49,10 @@ def _structure(c: Candidate) -> tuple[list[Node], Hashable]:
     numbers: dict[Node, int] = {}
     ends = [n for n in (c.x, c.ids, c.weights) if n is not None]
     parts = [n for unit in c.units for p in unit.products for n in (*p.parts, p.act_scale) if n is not None]
-    for node in (*ends, *parts, *_below(c.out, {*ends, *parts})):
+    for node in (*ends, *parts, *below(c.out, {*ends, *parts})):
         numbers.setdefault(node, len(numbers))
     if c.per_expert and c.weights is not None:
-        for node in _below(c.weights, {c.ids}, spreading(c)):
+        for node in below(c.weights, {c.ids}, spreading(c)):
             numbers.setdefault(node, len(numbers))
 
     def plain(arg: Any) -> Hashable:
@@ -80,16 +80,3 @@ def _structure(c: Candidate) -> tuple[list[Node], Hashable]:
     owners = tuple((numbers.get(n), e) for n, e in c.bias_owners.items())
     key = tuple(map(entry, numbers)), str(units), flags, tuple(made), plain(c.out), owners
     return list(numbers), key
-
-
-def _below(node: Node, stop: set[Node], within: set[Node] | None = None) -> Iterator[Node]:
-    """A node and the tensors that it is computed from, down to those in `stop` or not `within`."""
-    stack, seen = [node], set()
-    while stack:
-        current = stack.pop()
-        if current in seen or is_size(current):
-            continue
-        seen.add(current)
-        yield current
-        if current not in stop and (within is None or current in within):
-            stack += reversed(current.all_input_nodes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Container, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import SimpleNamespace
@@ -107,6 +107,19 @@ def between(first: Node, last: Node | None = None) -> Iterator[Node]:
         yield node
         node = node.next
     yield node
+
+
+def below(node: Node, stop: Container[Node], within: Container[Node] | None = None) -> Iterator[Node]:
+    """A node and the tensors that it is computed from, down to those in `stop` or not `within`."""
+    stack, seen = [node], set()
+    while stack:
+        current = stack.pop()
+        if current in seen or is_size(current):
+            continue
+        seen.add(current)
+        yield current
+        if current not in stop and (within is None or current in within):
+            stack += reversed(current.all_input_nodes)
 
 
 def elements(node: Node) -> int:

@@ -24,6 +24,7 @@ from .rounding import check_inside
 from .routing import CannotTry, Routing
 from .rows import Rows, Setting, follow
 from .sample import OutOfRange
+from .spread import check_linear
 from .worlds import KINDS, World, make_world, sizes_to_try
 
 
@@ -46,6 +47,7 @@ def prove(candidate: Candidate) -> Block:
         raise Refused("not all experts are used", "give every expert its rows")
     if any(not g.same_as(block.gating) for g in block.gatings if g is not None):
         raise Refused("experts have different activations", "give all experts of a block the same")
+    check_linear(candidate, nodes)
     ups = [up.bias for g in block.gatings if g is not None for up in g.ups if up.bias is not None]
     check_inside(candidate, nodes, dict.fromkeys((*ups, *block.down_biases)))
     return block

@@ -296,6 +296,36 @@ def test_ids_from_outside_that_may_repeat():
     assert "slots" in not_lifted(Given(dense), inputs=lambda *_: (x_of(), torch.rand(T, A), ids))
 
 
+SPREAD = {
+    "clamp": lambda s: s.clamp(max=2.0),
+    "threshold": lambda s: torch.where(s.abs() > 0.5, s, 0.0),
+    "NaN removed": lambda s: s.nan_to_num(),
+}
+
+
+@pytest.mark.parametrize("name", SPREAD)
+def test_weights_that_are_changed_after_they_are_spread(name):
+    """By no more than the worlds would show: a weight of each expert is right then, and that of each slot is not."""
+    weights = torch.tensor([2e-2, 3.0, 5.0] if name != "NaN removed" else [1.0, float("nan"), 2.0]).repeat(T, 1)
+    inputs = lambda *_: (x_of(), weights, torch.rand(T, E, generator=torch.Generator().manual_seed(1)))  # noqa: E731
+
+    def all_at_once(m, x, w, scores):
+        return dense(m, x, w, scores.topk(A).indices, spread=lambda *a: SPREAD[name](share(*a)))
+
+    lifted(Given(all_at_once), inputs=inputs)
+
+
+def test_weights_that_are_changed_for_one_expert_at_a_time():
+    def clamped(m, x, w, scores):
+        ids, out = scores.topk(A).indices, torch.zeros_like(x)
+        for e in range(E):
+            out = out + m.expert(e, x) * torch.where(ids == e, w, 0).sum(dim=1, keepdim=True).clamp(max=2.0)
+        return out
+
+    inputs = lambda *_: (x_of(), torch.arange(T * A).view(T, A).float(), x_of()[:, :E])  # noqa: E731
+    assert re.search("clamp.* changes .* inside of the block", not_lifted(Given(clamped), inputs=inputs))
+
+
 def test_experts_of_two_routers_may_be_the_same():
     """Rows of top-k that are put together to one token's, whose weights a scatter would not add."""
 
