@@ -19,7 +19,8 @@ from fx_nvfp4.activation import parse
 from .block import Block, Candidate
 from .combine import Combine
 from .found import Almost, Refused
-from .nodes import Sizes, assuming, between, elements, is_size, is_tensor, shape_of
+from .limits import largest
+from .nodes import Sizes, assuming, below, between, elements, is_size, is_tensor, shape_of
 from .rounding import check_inside
 from .routing import CannotTry, Routing
 from .rows import Rows, Setting, follow
@@ -33,7 +34,7 @@ def prove(candidate: Candidate) -> Block:
     nodes = _token_nodes(candidate)
     block: Block | None = None
     with unset_fake_temporarily(), torch.no_grad():
-        for sizes, kind in _worlds(candidate):
+        for sizes, kind in _worlds(candidate, nodes):
             try:
                 with assuming(sizes):
                     found = _try(candidate, nodes, kind, sizes)
@@ -53,9 +54,9 @@ def prove(candidate: Candidate) -> Block:
     return block
 
 
-def _worlds(c: Candidate) -> Iterator[tuple[Sizes, str]]:
+def _worlds(c: Candidate, tokens: frozenset[Node]) -> Iterator[tuple[Sizes, str]]:
     """Sizes and kinds of routing to try: each size with random experts and all tokens on the same."""
-    *_, last = first, *_ = list(sizes_to_try(c.x, c.ids))
+    first, *others = sizes_to_try(_limit(c, tokens), c.x, c.ids)
     kinds = ["random", "first"]
     if not c.distinct:
         kinds += ["repeated"]
@@ -64,9 +65,19 @@ def _worlds(c: Candidate) -> Iterator[tuple[Sizes, str]]:
         kinds += ["past"] if any(p.kind == "grouped" for u in c.units for p in u.products) else ["past", "negative"]
     for kind in kinds:
         yield dict(first), kind
-    if last is not first:
-        yield dict(last), "random"
-    yield dict(last), "last"
+    for sizes in others:
+        yield dict(sizes), "random"
+    for sizes in others or [first]:
+        yield dict(sizes), "last"
+
+
+def _limit(c: Candidate, tokens: frozenset[Node]) -> int:
+    """The largest number in the routing that a symbolic count of tokens may pass; 0 where it is none."""
+    if not any(isinstance(size, torch.SymInt) for node in (c.x, c.ids) for size in node.meta["val"].shape):
+        return 0
+    ends = [c.x, c.ids, *(part for unit in c.units for p in unit.products for part in p.parts)]
+    ends += [] if c.weights is None else [c.weights]
+    return largest(n for n in below(c.out, set(ends)) if n not in tokens)
 
 
 def _try(c: Candidate, nodes: frozenset[Node], kind: str, sizes: Sizes) -> Block:

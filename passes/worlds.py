@@ -65,13 +65,18 @@ def make_world(tokens: int, slots: int, choices: int, dtype: torch.dtype, kind: 
     return World(ids, arbitrary.to(dtype), exact.to(dtype))
 
 
-def sizes_to_try(*nodes: Node) -> Iterator[Sizes]:
-    """The sizes that tracing saw, and others if those of `nodes` are symbols."""
+def sizes_to_try(limit: int, *nodes: Node) -> Iterator[Sizes]:
+    """The sizes that tracing saw, and others if those of `nodes` are symbols, of which each is once past a limit."""
     symbols: dict[sympy.Symbol, int] = {}
     for node in nodes:
         for size in node.meta["val"].shape:
             if isinstance(size, torch.SymInt):
                 symbols.update({s: v for s, v in seen_sizes(size).items() if s in size.node.expr.free_symbols})
     yield dict(symbols)
-    if symbols:
-        yield {s: value // 2 if value >= _LARGE and value % 2 == 0 else 3 * value for s, value in symbols.items()}
+    other = {s: value // 2 if value >= _LARGE and value % 2 == 0 else 3 * value for s, value in symbols.items()}
+    grown = {s: value * (limit // value + 1) for s, value in symbols.items()}
+    beyond = [s for s in symbols if max(symbols[s], other[s]) <= limit]
+    for symbol in beyond:
+        yield {**other, symbol: grown[symbol]}
+    if symbols and not beyond:
+        yield other

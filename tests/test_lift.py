@@ -438,6 +438,36 @@ def wide_sum(m, x, weights, ids):
     return indexed(m, x, weights, ids, combine=lambda y, w: (y.float() * w.float().unsqueeze(-1)).sum(dim=1))
 
 
+def first_tokens(count):
+    """A combine that leaves out tokens from a number on."""
+    keep = lambda y: torch.where(torch.arange(len(y))[:, None, None] < count, y, 0)  # noqa: E731
+    return lambda *a: indexed(*a, combine=lambda y, w: (keep(y) * w.unsqueeze(-1)).sum(dim=1))
+
+
+def with_room(room):
+    """Dispatch by one-hot tensors [T, E, room], of every expert's tokens the first ones."""
+
+    def body(m, x, weights, ids):
+        chosen = F.one_hot(ids, E).sum(dim=1)
+        place = (chosen.cumsum(dim=0) - 1).masked_fill(chosen == 0, room)
+        dispatch = (place.unsqueeze(-1) == torch.arange(room)).to(x.dtype)
+        y = m.down(ops.batched, swiglu(m.up(ops.batched, torch.einsum("tec,td->ecd", dispatch, x))))
+        return torch.einsum("ecd,tec->td", y, dispatch * share(m, weights, ids).unsqueeze(-1))
+
+    return body
+
+
+@pytest.mark.parametrize("body", [first_tokens(60), with_room(40)], ids=["first tokens", "room for some"])
+def test_numbers_that_a_symbolic_count_of_tokens_passes(body):
+    """They hold for what tracing saw, and for three times as many."""
+    assert "slots are dropped" in not_lifted(Block(body), [(T,), (150,)], dynamic=True)
+    lifted(Block(body), [(T,)])
+
+
+def test_numbers_that_are_too_large_to_be_passed():
+    assert "compares with 100000" in not_lifted(Block(first_tokens(100_000)), dynamic=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("change", [lambda y, x: y, lambda y, x: y + x, lambda y, x: (y + x.float()).to(x.dtype)])
 def test_sums_in_fp32_that_are_used_in_fp32_are_not_rounded(change, dtype):
