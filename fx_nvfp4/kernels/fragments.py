@@ -96,7 +96,8 @@ def _decode_ptx(words, scales, TEXT: tl.constexpr, dtype: tl.constexpr):
     """The eight registers by inline PTX, arguments as _decode_plain's."""
     return tl.inline_asm_elementwise(
         TEXT,
-        "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r,r",
+        # Marked by &: written before all inputs are read, an output must not share an input's register.
+        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r",
         [words, tl.broadcast_to(scales, words.shape)],
         dtype=(dtype.value,) * 8,
         is_pure=True,
