@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Container, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,16 +20,14 @@ from fx_nvfp4.format import BLOCK
 from .activation_proof import Cut, Per, Rule, rule_of
 from .cone import Cone, structure
 from .experts import fingerprint
-from .nodes import arguments, renamed, same_size
+from .nodes import CASTS, arguments, renamed, same_size
 from .sample import inputs_of, is_supported, is_tensor
 
 aten = torch.ops.aten
-prims = torch.ops.prims
 
 _MAX_NODES = 200
 _MAX_CUTS = 8  # scales to try for one stretch
 _LARGEST = {aten.amax.default, aten.max.dim, aten.aminmax.default}
-CASTS = {prims.convert_element_type.default, aten._to_copy.default}
 _VIEWS = {
     *(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default),
     *(aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default, aten.clone.default, aten.alias.default),
@@ -95,13 +93,13 @@ class Quantisers:
         near, inside = False, set(nodes)
         for moves, out in results_of(operand):
             for x in _sources(nodes, out):
-                region = _between(x, out, set())
+                region = list(_above(out, {x}))
                 if not inside.issuperset(region):
                     continue
                 near |= any(map(_rounds, region))
                 for cut in self._cuts(x, out, region):
                     if rule := rule_of(cut, _factors(cut, region), self._constants):
-                        tables = [n for n in _between(x, out, {cut.scale}) if n in self._constants]
+                        tables = [n for n in _above(out, {x, cut.scale}) if n in self._constants]
                         return Spelled(cut, rule, moves, tuple(tables))
         return NearMiss(operand) if near else None
 
@@ -116,34 +114,25 @@ class Quantisers:
 
     def _closed(self, x: Node, out: Node, scale: Node | None) -> bool:
         """Whether out is computed from nothing else."""
-        ends = [n for n in _between(x, out, {scale}) if not is_supported(n) and n is not scale and n is not x]
+        ends = [n for n in _above(out, {x, scale}) if not is_supported(n) and n is not scale and n is not x]
         return len(ends) == sum(n in self._constants for n in ends)
 
 
-def _above(node: Node) -> dict[Node, None]:
-    """A node and the nearest that it is computed from, in an order that depends on structure alone."""
+def _above(node: Node, stop: Container[Node | None] = ()) -> dict[Node, None]:
+    """A node and the nearest that it is computed from, up to those in `stop` and to leaves, these included.
+
+    The nearest come first, in an order that depends on structure alone.
+    """
     found, queue = {node: None}, [node]
     while queue and len(found) < _MAX_NODES:
         current = queue.pop(0)
-        for source in inputs_of(current) if is_supported(current) else ():
-            if source not in found:
-                found[source] = None
-                queue.append(source)
-    return found
-
-
-def _between(x: Node, out: Node, stop: set[Node | None]) -> list[Node]:
-    """The nodes from out up to x, to those in `stop` and to leaves, these included; the nearest first."""
-    found, queue = {out: None}, [out]
-    while queue and len(found) < _MAX_NODES:
-        current = queue.pop(0)
-        if current is x or current in stop or not is_supported(current):
+        if current in stop or not is_supported(current):
             continue
         for source in inputs_of(current):
             if source not in found:
                 found[source] = None
                 queue.append(source)
-    return list(found)
+    return found
 
 
 def _takes_largest(node: Node) -> bool:

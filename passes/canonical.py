@@ -24,7 +24,6 @@ from .found import Axis, PackedWeight
 from .nodes import is_tensor
 
 aten = torch.ops.aten
-prims = torch.ops.prims
 _AND = aten.bitwise_and.Scalar
 
 Parts = tuple[Node, Node, Node]  # qdata, block_scale, global_scale
@@ -226,9 +225,7 @@ def _global_scale(emit: Emitter, w: PackedWeight, dims: Dims) -> Node:
     rows = [size for _, size in dims]
     if w.global_scale is None:
         return emit.full(rows, w.factor, w.qdata)
-    scale = w.global_scale
-    if scale.meta["val"].dtype != torch.float32:
-        scale = emit(prims.convert_element_type.default, scale, torch.float32)
+    scale = emit.cast(w.global_scale, torch.float32)
     if w.global_op == "divide":
         scale = emit(aten.reciprocal.default, scale)
     apart = [_apart(axis, size) for axis, size in zip(w.global_axes, shape(scale), strict=True)]

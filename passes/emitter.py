@@ -12,6 +12,7 @@ from torch.fx import Node
 from .nodes import same_size
 
 aten = torch.ops.aten
+prims = torch.ops.prims
 
 # Metadata of a product that holds for what replaces it: its place in the model; and for the partitioner, on which side
 # it belongs and whether activation checkpointing wants it computed again.
@@ -55,6 +56,10 @@ class Emitter:
             if user.target is target and repr((user.args, user.kwargs)) == repr((args, kwargs)) and user < self._before:
                 return user
         return None
+
+    def cast(self, node: Node, dtype: torch.dtype) -> Node:
+        """node in another dtype, or itself."""
+        return node if node.meta["val"].dtype == dtype else self(prims.convert_element_type.default, node, dtype)
 
     def view(self, node: Node, shape: Sequence[Any]) -> Node:
         """node in another shape, of which one size may be a symbol; copied where its strides forbid a view."""

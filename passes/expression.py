@@ -20,12 +20,11 @@ from torch.fx import Node
 
 from .coords import Coords
 from .found import Refused
-from .nodes import arguments, is_tensor
+from .nodes import CASTS, arguments, is_tensor
 from .sample import ATEN, MOVES
 from .walk import Walk
 
 aten = torch.ops.aten
-prims = torch.ops.prims
 
 _Key = tuple[Node, int]
 _ADVICE = "use a pointwise function of gate and up between the products"
@@ -101,7 +100,7 @@ class Tracer(Walk):
         if MOVES.of(node):  # indices are followed, and no values
             inputs = [k for k in inputs if self.belongs_to_tokens(k[0])]
         terms = [self._term(k, ups, found) for k in inputs]
-        if MOVES.of(node) or node.target in (prims.convert_element_type.default, aten._to_copy.default):
+        if MOVES.of(node) or node.target in CASTS:
             if len(terms) != 1:
                 raise Refused(f"the activation puts {node.name} together from several parts", _ADVICE)
             if node.meta["val"].is_floating_point():

@@ -12,12 +12,11 @@ import torch
 from torch.fx import Node
 
 from .cone import GATHERING
-from .nodes import arguments, elements, is_float, is_tensor
+from .nodes import CASTS, arguments, elements, is_float, is_tensor
 from .sample import MOVES
 
 aten = torch.ops.aten
 
-CASTS = {torch.ops.prims.convert_element_type.default, aten._to_copy.default}
 _PARTS = {aten.slice.Tensor, aten.select.int, aten.slice_scatter.default, aten.select_scatter.default}
 
 

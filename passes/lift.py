@@ -28,7 +28,6 @@ from .rounding import check_result
 from .search import candidates, find_units, why_none, why_trained
 
 aten = torch.ops.aten
-prims = torch.ops.prims
 moe = torch.ops.fx_nvfp4.moe.default
 
 _PREPARE = "fx_nvfp4.prepare(model) makes them one weight, in place"
@@ -116,10 +115,10 @@ def _emit(graph: fx.Graph, block: Block, replaced: Mapping[Node, Node]) -> Node:
     emit = Emitter(graph, c.out)
     try:
         with graph.inserting_before(c.out):
-            x = _typed(emit, emit.reshape(replaced.get(c.x, c.x), [-1, c.k]), c.units[0].ups[0].x)
+            x = emit.cast(emit.reshape(replaced.get(c.x, c.x), [-1, c.k]), c.units[0].ups[0].x.meta["val"].dtype)
             ids = _ids(emit, c)
             out = emit(moe, x, ids, _weights(emit, c, ids), **_operands(emit, block))
-            result = _typed(emit, emit.reshape(out, _sizes(emit, c)), c.out)
+            result = emit.cast(emit.reshape(out, _sizes(emit, c)), c.out.meta["val"].dtype)
     except CannotRewriteError:
         emit.undo()
         raise
@@ -142,11 +141,6 @@ def _sizes(emit: Emitter, c: Candidate) -> list[Any]:
     return found
 
 
-def _typed(emit: Emitter, node: Node, like: Node) -> Node:
-    dtype = like.meta["val"].dtype
-    return node if node.meta["val"].dtype == dtype else emit(prims.convert_element_type.default, node, dtype)
-
-
 def _ids(emit: Emitter, c: Candidate) -> Node:
     """Ids [T, A], counted from 0 where indexing also counted from the end."""
     ids = emit.reshape(c.ids, [-1, c.slots])
@@ -161,9 +155,7 @@ def _weights(emit: Emitter, c: Candidate, ids: Node) -> Node:
         return emit(aten.full.default, [size, c.slots], 1.0, dtype=dtype, device=device, pin_memory=False)
     if not c.per_expert:
         return emit.reshape(c.weights, [-1, c.slots])
-    if ids.meta["val"].dtype != torch.int64:
-        ids = emit(prims.convert_element_type.default, ids, torch.int64)
-    inside = emit(aten.clamp_max.default, emit(aten.clamp_min.default, ids, 0), c.experts - 1)
+    inside = emit(aten.clamp_max.default, emit(aten.clamp_min.default, emit.cast(ids, torch.int64), 0), c.experts - 1)
     return emit(aten.gather.default, emit.reshape(c.weights, [-1, c.experts]), 1, inside)
 
 
@@ -206,5 +198,5 @@ def _bias(emit: Emitter, bias: Node | None, c: Candidate, rows: int) -> Node:
         return emit.full([c.experts, rows], 0.0, c.x)
     allowed = (torch.float32, c.units[0].ups[0].x.meta["val"].dtype)
     if bias.meta["val"].dtype not in allowed:
-        bias = emit(prims.convert_element_type.default, bias, torch.float32)
+        bias = emit.cast(bias, torch.float32)
     return emit.reshape(bias, [c.experts, rows])

@@ -14,8 +14,7 @@ import torch
 from torch.fx import Node
 
 from .found import Refused
-from .gathering import CASTS
-from .nodes import fixed, is_tensor
+from .nodes import CASTS, fixed, is_tensor
 from .sample import MOVES
 
 aten = torch.ops.aten

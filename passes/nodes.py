@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+CASTS = {torch.ops.prims.convert_element_type.default, torch.ops.aten._to_copy.default}
 UNKNOWN_SIZE = 8  # for sizes that only running the graph will tell
 
 Sizes = MutableMapping[sympy.Symbol, int]
@@ -98,6 +99,12 @@ def arguments(node: Node) -> SimpleNamespace:
     values = {arg.name: arg.default_value for arg in schema if arg.has_default_value()}
     values.update(zip((arg.name for arg in schema), node.args, strict=False))
     return SimpleNamespace(**{**values, **node.kwargs})
+
+
+def put_arguments(node: Node, given: SimpleNamespace) -> None:
+    """The inverse of :func:`arguments`: call a node's op with what is in the namespace."""
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    node.args, node.kwargs = tuple(getattr(given, arg.name) for arg in schema), {}
 
 
 def between(first: Node, last: Node | None = None) -> Iterator[Node]:

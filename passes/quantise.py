@@ -21,11 +21,10 @@ from fx_nvfp4.format import TWO_LEVEL_MAX
 
 from .activations import Spelled, is_view
 from .emitter import Emitter, shape
-from .nodes import arguments, same_size
+from .nodes import arguments, put_arguments, same_size
 from .sample import inputs_of
 
 aten = torch.ops.aten
-prims = torch.ops.prims
 nvfp4 = torch.ops.fx_nvfp4
 
 _MOE = nvfp4.moe.default
@@ -68,8 +67,7 @@ def set_activations(op: Node, scale: Node | None, mode: str, dialect: str) -> No
     else:
         given.act_scale, given.activations = scale, mode
     given.dialect = dialect if op.target is not _MOE else given.dialect
-    op.args = tuple(getattr(given, argument.name) for argument in op.target._schema.arguments)  # type: ignore[union-attr]
-    op.kwargs = {}
+    put_arguments(op, given)
 
 
 def mode_of(op: Node) -> str:
@@ -167,7 +165,7 @@ def _replace(graph: fx.Graph, found: Spelled) -> None:
     emit = Emitter(graph, cut.out)
     with graph.inserting_before(cut.out):
         scale = _multiplier(emit, found, cut.scale)
-        x, sizes = _cast(emit, cut.x, rule.dtype), [emit.size(cut.x, d) for d in range(len(shape(cut.x)))]
+        x, sizes = emit.cast(cut.x, rule.dtype), [emit.size(cut.x, d) for d in range(len(shape(cut.x)))]
         if cut.per == "tensor":
             y = emit(nvfp4.fake_quantize.default, x, emit.view(scale, []), rule.dialect)
         else:
@@ -175,7 +173,7 @@ def _replace(graph: fx.Graph, found: Spelled) -> None:
                 scale = emit(aten.expand.default, emit.reshape(scale, [sizes[0], 1]), sizes[:2])
             rows = emit.reshape(x, [-1, sizes[-1]])
             y = emit.reshape(emit(nvfp4.fake_quantize.default, rows, emit.reshape(scale, [-1]), rule.dialect), sizes)
-        y = _cast(emit, y, cut.out.meta["val"].dtype)
+        y = emit.cast(y, cut.out.meta["val"].dtype)
     cut.out.replace_all_uses_with(y)
 
 
@@ -185,10 +183,6 @@ def _multiplier(emit: Emitter, found: Spelled, scale: Node | None) -> Node:
         device = found.cut.x.meta["val"].device
         return emit(aten.full.default, [], found.rule.factor, dtype=torch.float64, device=device, pin_memory=False)
     if found.rule.op == "amax":
-        scale = emit(aten.div.Tensor, _cast(emit, scale, torch.float32), TWO_LEVEL_MAX)
-    exact = _cast(emit, scale, torch.float64)
+        scale = emit(aten.div.Tensor, emit.cast(scale, torch.float32), TWO_LEVEL_MAX)
+    exact = emit.cast(scale, torch.float64)
     return emit(aten.reciprocal.default, exact) if found.rule.op == "divide" else exact
-
-
-def _cast(emit: Emitter, x: Node, dtype: torch.dtype) -> Node:
-    return x if x.meta["val"].dtype == dtype else emit(prims.convert_element_type.default, x, dtype)

@@ -13,8 +13,7 @@ from torch.fx import Node
 
 from .block import Candidate
 from .found import Almost, Refused
-from .gathering import CASTS
-from .nodes import is_size, is_tensor
+from .nodes import CASTS, is_size, is_tensor
 from .sample import MOVES
 
 

@@ -17,8 +17,8 @@ from torch.fx import Node
 from .block import Candidate, Unit
 from .expert_products import ExpertProduct, expert_product
 from .found import Refused
-from .gathering import CASTS, way, ways
-from .nodes import arguments, between, elements, is_float, is_size, is_tensor, shape_of
+from .gathering import way, ways
+from .nodes import CASTS, arguments, between, elements, is_float, is_size, is_tensor, shape_of
 from .routing import Routing
 from .sample import MOVES
 
@@ -99,7 +99,7 @@ def _ups(down: ExpertProduct, products: dict[Node, ExpertProduct]) -> tuple[Expe
 def _is_stepwise(node: Node) -> bool:
     if isinstance(node.meta.get("val"), (tuple, list)):
         return node.target in (aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int)
-    cast = node.target in (torch.ops.prims.convert_element_type.default, aten._to_copy.default, aten.clamp.default)
+    cast = node.target in CASTS or node.target is aten.clamp.default
     return MOVES.of(node) is not None or cast or torch.Tag.pointwise in getattr(node.target, "tags", ())
 
 
@@ -304,8 +304,7 @@ def _inside(units: tuple[Unit, ...], last: Node, x: Node | None = None) -> set[N
             found.add(node)
     for unit in units:
         for up in unit.ups:
-            path: list[Node] = next((path for path in ways(up.x) if x in path), [])
-            found.update(path[: path.index(x)] if x in path else ())
+            found.update(next((path[: path.index(x)] for path in ways(up.x) if x in path), ()))
     return found
 
 

@@ -9,7 +9,7 @@ from torch import fx
 from torch.fx import Node
 
 from .emitter import Emitter
-from .nodes import arguments
+from .nodes import arguments, put_arguments
 from .place import where
 from .quantise import mode_of, set_activations
 
@@ -65,7 +65,7 @@ def _set_all(op: Node, mode: str) -> None:
     given = arguments(op)
     if mode == "none" or given.down_activations == "none":
         given.down_activations, given.down_act_scale = mode, None
-    op.args = tuple(getattr(given, argument.name) for argument in op.target._schema.arguments)  # type: ignore[union-attr]
+    put_arguments(op, given)
 
 
 def adjust_products(graph: fx.Graph, settings: Settings) -> list[str]:
@@ -117,7 +117,7 @@ def _widen(graph: fx.Graph, op: Node) -> str:
         return "the compressed-tensors rule rounds by the dtype of the activations"
     emit = Emitter(graph, op)
     with graph.inserting_before(op):
-        op.args = (emit(prims.convert_element_type.default, op.args[0], torch.float32), *op.args[1:])
+        op.args = (emit.cast(given.x, torch.float32), *op.args[1:])
     op.meta["val"] = op.meta["val"].float()
     for cast in list(op.users):
         cast.replace_all_uses_with(op)

@@ -15,7 +15,7 @@ from torch import fx
 from torch.fx import Node
 
 from .emitter import Emitter, shape
-from .nodes import arguments
+from .nodes import arguments, put_arguments
 from .place import where
 from .settings import PRODUCTS, Settings
 
@@ -38,8 +38,7 @@ def _share_scales(graph: fx.Graph, op: Node) -> str:
     with graph.inserting_before(op):
         _share_activations(emit, given)
         given.up_global_scale = _gates(emit, given.layout, list(given.up_global_scale))
-    op.args = tuple(getattr(given, argument.name) for argument in op.target._schema.arguments)  # type: ignore[union-attr]
-    op.kwargs = {}
+    put_arguments(op, given)
     return (
         "as vLLM, not as the checkpoint: one activation scale, the largest, for all experts; gate's weight scale for up"
     )

@@ -13,8 +13,7 @@ from torch.fx import Node
 
 from .block import Candidate
 from .found import Almost
-from .gathering import CASTS
-from .nodes import below, between, is_float
+from .nodes import CASTS, below, between, is_float
 from .sample import MOVES
 
 aten = torch.ops.aten
