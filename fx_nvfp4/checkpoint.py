@@ -15,7 +15,7 @@ from .checkpoints.assemble import Assembler
 from .checkpoints.errors import CheckpointError
 from .checkpoints.plan import Plan, make_plan
 from .checkpoints.reader import Reader, checkpoint_folder, read_json
-from .checkpoints.scheme import read_scheme
+from .checkpoints.scheme import Scheme, read_scheme
 from .dialects import get_dialect
 from .tensor import NVFP4Weight
 
@@ -63,6 +63,32 @@ def load(
         raise ValueError(f"load: activations must be one of {_ACTIVATIONS}, got {activations!r}")
     if dialect != "producer":
         get_dialect(dialect)
+    opened = _open(path, dtype, activations)
+    plan, model = opened.plan, opened.model
+    generation_config = skeleton.read_generation_config(model, opened.folder)
+
+    target = torch.device("cpu" if device is None else device)
+    rule = opened.scheme.convention.dialect if dialect == "producer" else dialect
+    weights = Assembler(opened.reader, target, model.config.dtype, rule, progress).tensors(plan)
+    skeleton.initialize_buffers(model, target)
+    _install(model, weights, plan)
+    if generation_config is not None:
+        model.generation_config = generation_config
+    return model
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A checkpoint whose headers were read and checked, and the model without values that it is for."""
+
+    folder: Path
+    reader: Reader
+    scheme: Scheme
+    model: Any
+    plan: Plan
+
+
+def _open(path: str | Path, dtype: torch.dtype | None, activations: str) -> _Opened:
     folder = checkpoint_folder(path)
     config = read_json(folder / "config.json")
     reader = Reader(folder)
@@ -70,17 +96,7 @@ def load(
     if activations == "none":
         scheme = scheme.without_activations()
     model = skeleton.build(config, dtype, folder / "config.json")
-    generation_config = skeleton.read_generation_config(model, folder)
-    plan = make_plan(reader, scheme, model)
-
-    target = torch.device("cpu" if device is None else device)
-    rule = scheme.convention.dialect if dialect == "producer" else dialect
-    weights = Assembler(reader, target, model.config.dtype, rule, progress).tensors(plan)
-    skeleton.initialize_buffers(model, target)
-    _install(model, weights, plan)
-    if generation_config is not None:
-        model.generation_config = generation_config
-    return model
+    return _Opened(folder, reader, scheme, model, make_plan(reader, scheme, model))
 
 
 @dataclass(frozen=True)
@@ -101,12 +117,8 @@ def read_weights(
     Raises:
         CheckpointError, ImportError: as :func:`load`.
     """
-    folder = checkpoint_folder(path)
-    config = read_json(folder / "config.json")
-    reader = Reader(folder)
-    scheme = read_scheme(folder, config, reader.metadata)
-    model = skeleton.build(config, None, folder / "config.json")
-    plan = make_plan(reader, scheme, model)
+    opened = _open(path, None, "checkpoint")
+    reader, plan, model = opened.reader, opened.plan, opened.model
     chosen = set(choose({**plan.packed, **plan.torchao}))
     some = replace(
         plan,

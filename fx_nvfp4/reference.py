@@ -146,6 +146,11 @@ def rows_by_offsets(offs: Tensor, rows: int) -> Iterator[tuple[int, Tensor]]:
         start = end
 
 
+def experts_by_offsets(offs: Tensor, rows: int) -> Tensor:
+    """The expert of each of `rows` rows, int64, whose groups end at offs [E]; E for rows past the last."""
+    return torch.searchsorted(offs, torch.arange(rows, dtype=offs.dtype, device=offs.device), right=True)
+
+
 def input_grad(
     grad: Tensor,
     qdata: Tensor,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import nn
 from .checkpoints import skeleton
 from .checkpoints.describe import hf_quant_config, quantization_config
 from .checkpoints.formats import COMPRESSED_TENSORS, MODELOPT
-from .checkpoints.shards import write_shards
+from .checkpoints.shards import write_json, write_shards
 from .checkpoints.stored import dense_modules, stored_tensors
 from .ops import UNCALIBRATED
 from .tensor import NVFP4Weight
@@ -54,9 +53,9 @@ def save(model: Any, path: str | Path, producer: str = "modelopt", *, shard_size
     ignore = dense_modules(model, convention)
     config = skeleton.written_config(model)
     config["quantization_config"] = quantization_config(convention, activations, ignore)
-    _write(folder / "config.json", config)
+    write_json(folder / "config.json", config)
     if convention is MODELOPT:
-        _write(folder / "hf_quant_config.json", hf_quant_config(activations, ignore))
+        write_json(folder / "hf_quant_config.json", hf_quant_config(activations, ignore))
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
 
@@ -75,7 +74,3 @@ def _activations(model: nn.Module) -> str:
     if len(found) > 1:
         raise ValueError(f"save: {found['none']} is weight-only and {found['static']} is not; a file says one for all")
     return next(iter(found))
-
-
-def _write(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n")

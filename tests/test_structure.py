@@ -38,7 +38,7 @@ ALLOWED = {
     "parameters": set(),
     "preparation": {"preparation", "fused", "parameters", "passes", "report", "tensor", "torchao_interop"},
     "prepare": {"checkpoints", "preparation", "report", "tensor"},
-    "quantization": {"quantization", "checkpoints", "dialects", "format", "ops", "tensor"},
+    "quantization": {"quantization", "checkpoints", "dialects", "format", "ops", "reference", "tensor"},
     "quantize": {"quantization", "report", "tensor"},
     "calibrate": {"dialects", "ops", "parameters", "preparation", "quantization", "report", "tensor"},
     "save": {"checkpoints", "ops", "tensor"},

@@ -18,11 +18,11 @@ def quantization_config(convention: Convention, activations: str, ignore: list[s
     return describe(activations, ignore)
 
 
-def hf_quant_config(activations: str, ignore: list[str]) -> dict[str, Any]:
-    """ModelOpt's own file."""
+def hf_quant_config(activations: str, ignore: list[str], kv_cache: str | None = None) -> dict[str, Any]:
+    """ModelOpt's own file; kv_cache names the format of a quantised KV cache."""
     quantization = {
         "quant_algo": _algorithm(activations),
-        "kv_cache_quant_algo": None,
+        "kv_cache_quant_algo": kv_cache,
         "group_size": BLOCK,
         "exclude_modules": ignore,
     }

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 from torch import Tensor
@@ -59,10 +60,22 @@ def _name(folder: Path, files: Files, total: int) -> None:
     if len(files) == 1:
         files[0][0].replace(folder / SINGLE)
         return
-    weight_map = {}
-    for number, (file, names) in enumerate(files):
-        name = f"model-{number + 1:05}-of-{len(files):05}.safetensors"
+    for (file, _), name in zip(files, file_names(len(files)), strict=True):
         file.replace(folder / name)
-        weight_map.update(dict.fromkeys(names, name))
+    write_index(folder, [names for _, names in files], total)
+
+
+def file_names(count: int) -> list[str]:
+    """The names that loaders look for, of a checkpoint in so many files."""
+    return [SINGLE] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
+
+
+def write_index(folder: Path, tensors: Sequence[Sequence[str]], total: int) -> None:
+    """Which file holds each tensor, from the names of those in each of several files, and the bytes of all."""
+    weight_map = {name: file for file, held in zip(file_names(len(tensors)), tensors, strict=True) for name in held}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    write_json(folder / INDEX, index)
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

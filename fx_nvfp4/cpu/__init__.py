@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..block import Block, Projection
 from ..format import scale_pair
-from ..reference import Activations, dequantize, fake_quantize, input_grad
+from ..reference import Activations, dequantize, experts_by_offsets, fake_quantize, input_grad
 from .library import Library, Product, Rounding, Sum, description, load
 
 __all__ = [
@@ -60,8 +60,7 @@ def indexed(
 def grouped(
     x: Tensor, qdata: Tensor, block_scale: Tensor, global_scale: Tensor, offs: Tensor, act: Activations
 ) -> Tensor:
-    ids = torch.bucketize(torch.arange(x.shape[0], dtype=offs.dtype), offs.contiguous(), right=True)
-    return indexed(x, qdata, block_scale, global_scale, ids, act)
+    return indexed(x, qdata, block_scale, global_scale, experts_by_offsets(offs, x.shape[0]), act)
 
 
 def moe(x: Tensor, ids: Tensor, weights: Tensor, block: Block) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..ops import UNCALIBRATED
+from ..reference import experts_by_offsets
 from ..tensor import NVFP4Weight
 
 _OPS = torch.ops.fx_nvfp4
@@ -66,7 +67,7 @@ class Observer(TorchDispatchMode):
         elif routing is None:
             taken = slots.long().unsqueeze(-1).expand(rows.shape)
         else:
-            experts = _experts_of_rows(routing, rows.shape[0]) if grouped else routing
+            experts = experts_by_offsets(routing, rows.shape[0]) if grouped else routing
             inside = (experts >= 0) & (experts < slots.shape[0])
             taken = torch.where(inside, slots.long()[experts.clamp(0, slots.shape[0] - 1)], nobody)
         amax.scatter_reduce_(0, taken.reshape(-1), rows.reshape(-1), "amax")
@@ -76,8 +77,3 @@ class Observer(TorchDispatchMode):
         if device not in self._amax:
             self._amax[device] = torch.zeros(self._slots + 1, device=device)
         return self._amax[device]
-
-
-def _experts_of_rows(offs: Tensor, rows: int) -> Tensor:
-    """The expert of each row, for groups that end at offs; rows past the last get the number of experts."""
-    return torch.searchsorted(offs, torch.arange(rows, dtype=offs.dtype, device=offs.device), right=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field
 
 from .config import NVFP4Config
@@ -23,13 +22,12 @@ class Quantization:
 
     def __str__(self) -> str:
         lines = [f"quantize_: {len(self.packed)} weights packed, {len(self.left_alone)} left alone; {self.config}"]
-        for reason, count in Counter(self.left_alone.values()).items():
+        for reason in dict.fromkeys(self.left_alone.values()):
             names = [name for name, r in self.left_alone.items() if r == reason]
-            lines.append(f"left alone ({reason}): {shorten(names, count)}")
+            lines.append(f"left alone ({reason}): {shorten(names)}")
         return "\n".join(lines)
 
 
-def shorten(names: list[str], count: int | None = None) -> str:
+def shorten(names: list[str]) -> str:
     """The first names, and how many there are."""
-    count = len(names) if count is None else count
-    return ", ".join(names[:3]) + (f" and {count - 3} more" if count > 3 else "")
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ..checkpoints.describe import hf_quant_config, quantization_config
 from ..checkpoints.formats import COMPRESSED_TENSORS, MODELOPT, Convention
 from ..format import BLOCK, TWO_LEVEL_MAX
 from .tensors import RandomTensor, global_scale
@@ -121,46 +122,16 @@ def _ones(name: str, size: int) -> RandomTensor:
 def configs(sizes: Sizes, like: str) -> dict[str, dict[str, Any]]:
     """The JSON files beside the tensors, by file name."""
     gates = [f"model.layers.{layer}.mlp.gate" for layer in range(sizes.layers)]
-    if like == "compressed-tensors":
-        return {"config.json": {**_model_config(sizes), "quantization_config": _compressed_tensors(gates)}}
+    convention = LAYOUTS[like]
+    if convention is COMPRESSED_TENSORS:
+        stated = quantization_config(convention, "static", [*gates, "lm_head"])
+        return {"config.json": {**_model_config(sizes), "quantization_config": stated}}
     ignored = ["lm_head", "model.embed_tokens", *gates]
-    own = {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8", "group_size": BLOCK, "exclude_modules": ignored}
+    cache = {"dynamic": False, "num_bits": 8, "type": "float"}
+    stated = {**quantization_config(convention, "static", ignored), "kv_cache_scheme": cache}
     return {
-        "config.json": {**_model_config(sizes), "quantization_config": _modelopt(ignored)},
-        "hf_quant_config.json": {"producer": _PRODUCER, "quantization": own},
-    }
-
-
-_PRODUCER = {"name": "modelopt", "version": "0.47.0"}
-
-
-def _modelopt(ignored: list[str]) -> dict[str, Any]:
-    spec = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": BLOCK}
-    return {
-        "config_groups": {"group_0": {"input_activations": spec, "weights": spec, "targets": ["Linear"]}},
-        "ignore": ignored,
-        "quant_algo": "NVFP4",
-        "kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"},
-        "producer": _PRODUCER,
-        "quant_method": "modelopt",
-    }
-
-
-def _compressed_tensors(gates: list[str]) -> dict[str, Any]:
-    common = {"group_size": BLOCK, "num_bits": 4, "strategy": "tensor_group", "symmetric": True, "type": "float"}
-    return {
-        "config_groups": {
-            "group_0": {
-                "format": "nvfp4-pack-quantized",
-                "input_activations": {**common, "dynamic": "local"},
-                "weights": {**common, "dynamic": False},
-                "targets": ["Linear"],
-            }
-        },
-        "format": "nvfp4-pack-quantized",
-        "ignore": [*gates, "lm_head"],
-        "quant_method": "compressed-tensors",
-        "quantization_status": "compressed",
+        "config.json": {**_model_config(sizes), "quantization_config": stated},
+        "hf_quant_config.json": hf_quant_config("static", ignored, "FP8"),
     }
 
 

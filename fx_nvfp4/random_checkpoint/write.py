@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from ..checkpoints.shards import file_names, write_index, write_json
 from . import qwen3_moe
 from .qwen3_moe import LAYOUTS, Sizes
 from .tensors import RandomTensor
@@ -55,16 +56,13 @@ def write_checkpoint(
     generator = np.random.default_rng(seed)
     shards = list(_shards(qwen3_moe.tensors(sizes, like, generator), shard_size))
     total = sum(t.size for shard in shards for t in shard)
-    names = _file_names(len(shards))
     with tqdm(total=total, desc="random checkpoint", unit="B", unit_scale=True, disable=not progress) as bar:
-        for name, shard in zip(names, shards, strict=True):
+        for name, shard in zip(file_names(len(shards)), shards, strict=True):
             _write_shard(folder / name, shard, generator, bar)
     if len(shards) > 1:
-        weight_map = {t.name: name for name, shard in zip(names, shards, strict=True) for t in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        _write_json(folder / "model.safetensors.index.json", index)
+        write_index(folder, [[t.name for t in shard] for shard in shards], total)
     for name, content in qwen3_moe.configs(sizes, like).items():
-        _write_json(folder / name, content)
+        write_json(folder / name, content)
     return total
 
 
@@ -78,12 +76,6 @@ def _shards(tensors: Iterable[RandomTensor], shard_size: int) -> Iterator[list[R
         shard.append(tensor)
         size += tensor.size
     yield shard
-
-
-def _file_names(count: int) -> list[str]:
-    if count == 1:
-        return ["model.safetensors"]
-    return [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
 
 
 def _write_shard(file: Path, shard: Sequence[RandomTensor], generator: np.random.Generator, bar: Any) -> None:
@@ -102,7 +94,3 @@ def _write_shard(file: Path, shard: Sequence[RandomTensor], generator: np.random
             for piece in tensor.pieces(generator):
                 out.write(piece)
                 bar.update(len(piece))
-
-
-def _write_json(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
