@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import cpu, reference
 from . import format as nvfp4
-from . import reference
 from .reference import Activations
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -102,12 +102,7 @@ def bodies(tensor: Tensor) -> ModuleType:
         from . import gpu  # at the first call, as it imports Triton
 
         return gpu
-    if tensor.device.type == "cpu":
-        from . import cpu  # at the first call, as it imports Inductor
-
-        if cpu.available():
-            return cpu
-    return reference
+    return cpu if tensor.device.type == "cpu" and cpu.available() else reference
 
 
 @torch.library.custom_op("fx_nvfp4::linear", mutates_args=(), schema=f"({_WEIGHT}, {_ACT}) -> Tensor")
