@@ -30,7 +30,7 @@ from fx_nvfp4.backend import collect_reports, nvfp4_emu
 from fx_nvfp4.format import BLOCK, E2M1_VALUES
 from fx_nvfp4.report import Report
 
-STAGES = ("recognise", "lift", "rewrite", "verify")
+STAGES = ("recognise", "rewrite", "activations", "lift", "verify")
 
 
 class CompiledError(Exception):

@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from fx_nvfp4.report import Match, Refusal
 
-from .activations import NearMiss, Quantisers, Spelled
+from .activations import NearMiss, Quantisers, Spelled, holds_bytes
 from .found import PackedWeight, Refused
 from .nodes import arguments
 from .opaque import opaque_quantiser, packer_of
@@ -54,7 +54,8 @@ def settle_activations(
     for op in [n for n in graph.nodes if n.target in _OPS]:
         x = arguments(op).x
         try:
-            if isinstance(codes := packed(x), PackedWeight):
+            # Asked of few: what a model's last layer multiplies is computed from everything before it.
+            if holds_bytes(x) and isinstance(codes := packed(x), PackedWeight):
                 sites.packed.add(x)
                 _keep_packed(sites, op, packer_of(codes.qdata))
                 continue

@@ -18,7 +18,7 @@ from torch.fx import Node
 from fx_nvfp4.format import BLOCK
 
 from .activation_proof import Cut, Per, Rule, rule_of
-from .cone import Cone, structure
+from .cone import BYTES, Cone, structure
 from .experts import fingerprint
 from .nodes import CASTS, arguments, renamed, same_size
 from .sample import inputs_of, is_supported, is_tensor
@@ -133,6 +133,11 @@ def _above(node: Node, stop: Container[Node | None] = ()) -> dict[Node, None]:
                 found[source] = None
                 queue.append(source)
     return found
+
+
+def holds_bytes(operand: Node) -> bool:
+    """Whether an operand is computed from bytes nearby, as activations are that arrive as codes."""
+    return any(node.meta["val"].dtype in BYTES for node in _above(operand) if is_tensor(node))
 
 
 def _takes_largest(node: Node) -> bool:

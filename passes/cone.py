@@ -69,10 +69,10 @@ class Cone:
                 return None
             if is_supported(node):
                 stack += inputs_of(node)
-            elif node.meta["val"].dtype in (*BYTES, *WORDS):
+            elif _may_be_packed(node):
                 packed.append(node)
         packed = [n for n in packed if n.meta["val"].dtype in BYTES or _is_unpacked(n, nodes)]
-        packed = [n for n in packed if n.meta["val"].dim() > 0 and not _is_routing(n)]
+        packed = [n for n in packed if n.meta["val"].dim() > 0]
         return Cone(operand, tuple(nodes), frozenset(packed)) if packed else None
 
     @cached_property
@@ -164,7 +164,7 @@ class Reach:
                 stack.pop()
                 continue
             if not is_supported(current):
-                self._known[current] = current.meta["val"].dtype in (*BYTES, *WORDS)
+                self._known[current] = _may_be_packed(current)
                 continue
             sources = inputs_of(current)
             if missing := [source for source in sources if source not in self._known]:
@@ -180,10 +180,16 @@ def _sums_many(node: Node) -> bool:
     return math.prod(shape_of(inputs_of(node)[0])) > _MAX_REDUCED * math.prod(shape_of(node))
 
 
-def _is_routing(leaf: Node) -> bool:
-    """Whether int64 numbers are ids or places, computed or in a row: words of codes are stored, in two dims."""
+def _may_be_packed(leaf: Node) -> bool:
+    """Whether codes come in a leaf's dtype.
+
+    int64 is that of places too, and of ids, with which a model begins: words of codes are stored in two dims, and taken
+    apart.
+    """
     value = leaf.meta["val"]
-    return value.dtype == torch.int64 and (leaf.op not in ("placeholder", "get_attr") or value.dim() < 2)
+    if value.dtype == torch.int64:
+        return leaf.op in ("placeholder", "get_attr") and value.dim() > 1 and _is_unpacked(leaf)
+    return value.dtype in (*BYTES, *WORDS)
 
 
 def _takes_codes_apart(user: Node, node: Node) -> bool:
@@ -195,13 +201,14 @@ def _takes_codes_apart(user: Node, node: Node) -> bool:
     return user.target is aten.view.dtype or (packet in _UNPACKING and packet is not aten.view)
 
 
-def _is_unpacked(leaf: Node, cone: Mapping[Node, None]) -> bool:
-    """Whether a leaf of words is taken apart bit by bit, as packed codes are and ids are not."""
+def _is_unpacked(leaf: Node, cone: Mapping[Node, None] | None = None) -> bool:
+    """Whether a leaf of words is taken apart bit by bit, in a cone or anywhere, as packed codes are and ids are not."""
     stack = [leaf]
     while stack:
         node = stack.pop()
         for user in node.users:
-            if user not in cone or user.op != "call_function" or user.args[0] is not node:
+            inside = cone is None or user in cone
+            if not inside or user.op != "call_function" or user.args[0] is not node:
                 continue
             if user.target is aten.view.dtype:
                 return True

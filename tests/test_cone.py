@@ -5,6 +5,7 @@ Guarded here: operands whose cones have equal keys have equal results, so a mode
 
 import pytest
 import torch
+from fx_nvfp4.passes.cone import Reach
 from fx_nvfp4.passes.weights import cone_key, cone_nodes, recognise_weight
 from recognition import BF16, FP16, K, N, recognise
 from spellings import dequantise, packed, trace
@@ -40,3 +41,18 @@ def test_other_cones_have_other_keys(other):
     q, s = packed(N, K)
     mine, theirs = (trace(fn, q, s, torch.tensor(0.5)) for fn in (dequantise, other))
     assert cone_key(mine.operand) != cone_key(theirs.operand)
+
+
+def test_what_follows_from_token_ids_is_not_looked_at():
+    """All activations of a model do: the cone of a last layer's would hold everything before it."""
+    words, ids = torch.zeros(N, K // 16, dtype=torch.int64), torch.zeros(2, 5, dtype=torch.int64)
+    table, cosines = torch.rand(7, K), torch.rand(9, K)
+
+    def hidden(ids, table, cosines):
+        return table[ids] + cosines[(ids != 0).long().cumsum(-1)] * ids.unsqueeze(-1)
+
+    def unpacked(words):
+        return torch.stack([(words >> 4 * i) & 15 for i in range(16)], -1).flatten(-2).float()
+
+    assert not Reach()(trace(hidden, ids, table, cosines).operand)
+    assert Reach()(trace(unpacked, words).operand)
