@@ -3,11 +3,11 @@
 import pytest
 import torch
 import triton.language as tl
+from test_prepack import weight
 
 from fx_nvfp4.format import code_times_scale
 from fx_nvfp4.kernels.fragments import decode_form, decode_tiles_kernel, prepacked_product_kernel
 from fx_nvfp4.prepack import decode_tiles, permute_k, prepack
-from tests.test_prepack import weight
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
