@@ -79,5 +79,12 @@ FAKE_QUANTIZE_BLOCKS = 128
 ROUTING_BLOCK = 64
 ROUTING_BLOCKS_PER_STEP = 64
 ROUTING_GROUPS = 64
+# Slots that one program of the table kernels places at a time, up to how many of them one launch sorts, and what one
+# program places where there are more.
+TABLE_BLOCK = 64
+TABLE_SLOTS_AT_ONCE = 4096
+TABLE_BLOCK_OF_MANY = 512
+# Elements of a row that one program of the entry kernel rounds and permutes.
+ENTRY_BLOCK = 1024
 # Elements of [slots of a token, outputs] that one program of the combine kernel sums.
 COMBINE_ELEMENTS = 4096

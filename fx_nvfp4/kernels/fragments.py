@@ -5,8 +5,12 @@ Three forms give the same bits: inline PTX for sm_90 and up, inline PTX for sm_8
 but a fused multiply-add, and plain integer operations for everything else. Results lack a factor of 128.
 """
 
+from functools import cache
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 _PREAMBLE = """
 .reg .b32 z, t, s0, s1, zero;
@@ -53,6 +57,19 @@ def decode_form(backend: str, arch: int, interpreted: bool = False) -> str:
     if interpreted or backend != "cuda" or arch < 80:
         return "plain"
     return "sm90" if arch >= 90 else "sm80"
+
+
+def form_of(tensor: Tensor) -> str:
+    """The form for the device of a tensor."""
+    if not tensor.is_cuda:
+        return "plain"
+    return _form_of_device(tensor.device.index or 0)
+
+
+@cache
+def _form_of_device(device: int) -> str:
+    major, minor = torch.cuda.get_device_capability(device)
+    return decode_form("hip" if torch.version.hip else "cuda", major * 10 + minor)
 
 
 @triton.jit

@@ -1,0 +1,126 @@
+"""The routed block on a GPU with tiled weights (fx_nvfp4/prepack.py): four launches, or three for one token.
+
+Rows of x are rounded and permuted, slots are sorted into tiles, the up product leaves h rounded and permuted for the
+down product, and the weighted sum follows. The host never waits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .activation import parse
+from .block import Block, Projection
+from .kernels import moe as moe_kernels
+from .kernels import tiled_moe as kernels
+from .kernels.entry import enter
+from .kernels.tile_config import TileConfigs, choose
+from .kernels.tile_table import sort_into_tiles
+from .kernels.tiled_moe import Routing, TiledOperand
+from .reference import Activations
+
+
+@dataclass(frozen=True)
+class Slots:
+    """The routing table of a call."""
+
+    ids: Tensor  # [T, A]
+    weights: Tensor  # [T, A]
+    experts: int
+
+    @property
+    def by_itself(self) -> Slots:
+        """Each slot as a token of its own, for rows that are the slots'."""
+        return Slots(self.ids.reshape(-1, 1), self.weights.reshape(-1, 1), self.experts)
+
+
+def moe(x: Tensor, ids: Tensor, weights: Tensor, block: Block, configs: TileConfigs | None = None) -> Tensor:
+    """As fx_nvfp4.block.moe; x is float16 or bfloat16."""
+    if ids.numel() == 0:
+        return x.new_zeros(x.shape[0], block.down.global_scale.shape[1])
+    if configs is None:
+        configs = choose(ids.shape[0], ids.shape[1], block.experts)
+    slots = Slots(ids, weights, block.experts)
+    routing = _route(slots, configs)
+    apart = block.rows_apart
+    entering = weights if block.weighted == "input" else None
+    per_row = 1 if apart else ids.shape[1]
+    gate, up, interleaved = _operands(block)
+    down_act = block.down.act
+    fused = down_act.mode == "none" or (down_act.mode == "static" and down_act.dialect == "hardware")
+    h_scale = down_act.scale if fused and down_act.mode == "static" else None
+    acts = [p.act for p in block.up]
+    if all(act.scale is acts[0].scale for act in acts):
+        rows, scale = _enter(x, acts[0], slots, entering, apart)
+        text = block.activation.to_triton()
+        h = kernels.up(rows, gate, up, interleaved, routing, per_row, text, scale, h_scale, fused, configs.up)
+    else:
+        # Rounded apart: each by itself, and the activation as plain operations.
+        itself, parts = parse("u").to_triton(), []
+        for act, operand in zip(acts, (gate, up), strict=True):
+            assert operand is not None
+            rows, scale = _enter(x, act, slots, entering, apart)
+            config = configs.up
+            parts.append(kernels.up(rows, None, operand, False, routing, per_row, itself, scale, None, False, config))
+        h, fused = block.activation.evaluate(*parts).to(x.dtype), False
+    down_scale = down_act.scale if fused else None
+    if not fused:
+        h, down_scale = _enter(h, down_act, slots.by_itself, None, True)
+    y = kernels.down(h, _operand(block.down), routing, down_scale, configs.down)
+    return moe_kernels.combine(y, ids, weights if block.weighted == "output" else None, block.experts)
+
+
+def _route(slots: Slots, configs: TileConfigs) -> Routing:
+    ids = slots.ids.contiguous()
+    if configs.direct:
+        return Routing(ids.reshape(-1), None, ids.numel())
+    tiles = sort_into_tiles(ids, slots.experts, configs.up.largest)
+    return Routing(tiles.table, tiles.order, ids.numel())
+
+
+def _enter(
+    x: Tensor, act: Activations, slots: Slots, weights: Tensor | None, apart: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(permuted rows of x, of the slots if apart; float64 scale of the sum); exact where activations are quantised."""
+    if act.mode == "none":
+        return enter(x, slots.ids, slots.experts, weights, None, apart), None
+    if act.mode == "static" and act.dialect == "hardware":
+        return enter(x, slots.ids, slots.experts, weights, act.scale, apart), act.scale
+    if apart:
+        x = x.repeat_interleave(slots.ids.shape[1], dim=0)
+        x = x if weights is None else (x.float() * weights.reshape(-1, 1).float()).to(x.dtype)
+        slots = slots.by_itself
+    group = slots.ids.reshape(-1) if apart else None
+    scale = act.scale_of_groups(x, group, slots.experts)
+    if act.dialect == "hardware":
+        return enter(x, slots.ids, slots.experts, None, scale, apart), scale
+    return enter(act.enter_rows(x, group, slots.experts)[0]), scale
+
+
+def _operand(p: Projection, rows: slice | None = None, tiles: slice | None = None) -> TiledOperand:
+    """The projection's rows, whose words are in those tiles; all of either by default."""
+    rows, tiles = rows or slice(None), tiles or slice(None)
+    bias = None if p.bias is None else p.bias[:, rows]
+    return TiledOperand(p.qdata[:, tiles], p.block_scale[:, tiles], p.global_scale[:, rows], bias)
+
+
+def _operands(block: Block) -> tuple[TiledOperand | None, TiledOperand, bool]:
+    """(gate or None, up, whether their rows take turns in one weight)."""
+    first = block.up[0]
+    if block.layout == "plain":
+        return None, _operand(first), False
+    if block.layout == "separate":
+        return _operand(first), _operand(block.up[1]), False
+    if block.layout == "interleaved":
+        return _operand(first, slice(0, None, 2)), _operand(first, slice(1, None, 2)), True
+    n = first.global_scale.shape[1] // 2
+    gate = _operand(first, slice(None, n), slice(None, n // 16))
+    return gate, _operand(first, slice(n, None), slice(n // 16, None)), False
+
+
+def supports(x: Tensor, block: Block) -> bool:
+    """Whether the kernels serve a block with tiled weights; others are unpacked."""
+    whole = block.layout != "concatenated" or block.up[0].global_scale.shape[1] % 32 == 0
+    return whole and x.dtype in (torch.bfloat16, torch.float16)

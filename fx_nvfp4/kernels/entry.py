@@ -1,0 +1,122 @@
+# mypy: allow-untyped-defs
+"""Rows of activations as products on tiled weights take them: chosen, weighted, rounded to NVFP4 and permuted at once.
+
+Columns are permuted inside chunks of 64 as fx_nvfp4/prepack.py says (permute_k), so that a lane of the matrix units
+needs one block scale of the weight for each of its rows.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .config import ENTRY_BLOCK
+from .decode import e2m1_to_fp16
+from .fake_quantize import quantize_blocks
+from .launch import dependent_launch, wait_for_inputs
+from .operands import require
+from .routing import load_expert
+
+
+@triton.jit
+def round_blocks(x, act_scale):
+    """x [B, 16] float32 to code * block_scale [B, 16] float32, for one activation scale, float64."""
+    # Both rounded from float64, so that neither is the rounded inverse of a rounded number.
+    scale, inverse = act_scale.to(tl.float32), (1.0 / act_scale).to(tl.float32)
+    codes, block_scale = quantize_blocks(x, scale, inverse)
+    return e2m1_to_fp16(codes).to(tl.float32) * block_scale[:, None]
+
+
+@triton.jit
+def permute_chunks(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """[ROWS, COLUMNS] with each chunk of 64 columns in the order of the matrix units."""
+    x = tl.reshape(x, (ROWS, COLUMNS // 64, 4, 4, 2, 2))  # row, chunk, t, step, half, e
+    return tl.reshape(tl.permute(x, (0, 1, 3, 4, 2, 5)), (ROWS, COLUMNS))
+
+
+@triton.jit
+def permuted(column):
+    """Where permute_chunks puts a column."""
+    return column // 64 * 64 + column // 4 % 4 * 16 + column // 2 % 2 * 8 + column // 16 % 4 * 2 + column % 2
+
+
+@triton.jit
+def entry_kernel(
+    x_ptr,
+    stride_xm,
+    ids_ptr,
+    weights_ptr,
+    act_scale_ptr,
+    out_ptr,
+    rows_per_x,
+    slots,
+    K,
+    E,
+    PER_EXPERT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Row r of out from row r // rows_per_x of x; weights_ptr and act_scale_ptr are None where not wanted."""
+    wait_for_inputs(PDL)
+    blocks = tl.cdiv(K, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    x = tl.load(x_ptr + row // rows_per_x * stride_xm + column, mask=column < K, other=0.0)
+    if weights_ptr is not None:
+        x = (x.to(tl.float32) * tl.load(weights_ptr + row).to(tl.float32)).to(dtype)
+    if act_scale_ptr is not None:
+        expert = 0
+        if PER_EXPERT:
+            # A slot of nobody is read by nobody; any scale will do.
+            found = load_expert(ids_ptr, row, slots, E)
+            expert = tl.where(found < E, found, 0)
+        blocks_of_x = tl.reshape(x.to(tl.float32), (BLOCK // 16, 16))
+        x = tl.reshape(round_blocks(blocks_of_x, tl.load(act_scale_ptr + expert)), (BLOCK,)).to(dtype)
+    x = tl.reshape(permute_chunks(tl.reshape(x, (1, BLOCK)), 1, BLOCK), (BLOCK,))
+    tl.store(out_ptr + row * K + column, x, mask=column < K)
+
+
+def enter(
+    x: Tensor,
+    ids: Tensor | None = None,
+    experts: int = 0,
+    weights: Tensor | None = None,
+    act_scale: Tensor | None = None,
+    apart: bool = False,
+) -> Tensor:
+    """x [T, K] -> permuted [T, K], or with `apart` one row for each slot of ids [T, A], [T * A, K].
+
+    Args:
+        x: float16 or bfloat16, K a multiple of 64.
+        ids, experts: whose scale a slot takes, where act_scale is one for each expert.
+        weights: [T, A], multiplied into the rows of the slots, and rounded; needs `apart`.
+        act_scale: float64 multiplier, [] or [E]: rows are rounded to code * block_scale; [E] needs `apart`.
+    """
+    k = x.shape[-1]
+    require(x.ndim == 2 and k % 64 == 0, "x", tuple(x.shape), "[rows, K], K a multiple of 64")
+    require(act_scale is None or act_scale.dtype == torch.float64, "act_scale", act_scale, "float64")
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    per_x = ids.shape[1] if apart and ids is not None else 1
+    out = x.new_empty(len(x) * per_x, k)
+    if out.numel() == 0:
+        return out
+    block = min(ENTRY_BLOCK, triton.next_power_of_2(k))
+    with torch.cuda.device_of(x):
+        entry_kernel[(len(out) * triton.cdiv(k, block),)](
+            x,
+            x.stride(0),
+            None if ids is None else ids.contiguous(),
+            None if weights is None else weights.contiguous(),
+            None if act_scale is None else act_scale.contiguous(),
+            out,
+            per_x,
+            len(out),
+            k,
+            experts,
+            PER_EXPERT=act_scale is not None and act_scale.ndim == 1,
+            BLOCK=block,
+            num_warps=2 if block <= 512 else 4,
+            **dependent_launch(x),
+        )
+    return out

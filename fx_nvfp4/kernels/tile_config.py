@@ -1,0 +1,63 @@
+"""Tile sizes and launch parameters of the kernels on tiled weights."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Rows of the weight on M, tokens on N.
+
+    A tile of tokens holds up to `largest`; the loop is compiled for smallest, twice that, ..., largest tokens, and each
+    tile takes the smallest that holds it. at_once: tiles of tokens whose programs take turns.
+    """
+
+    rows: int
+    smallest: int
+    largest: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    at_once: int = 1
+    registers: int | None = None
+
+    @property
+    def bodies(self) -> int:
+        return self.largest.bit_length() - self.smallest.bit_length() + 1
+
+    def meta(self) -> dict[str, int]:
+        """The keyword arguments of a launch."""
+        meta = {
+            "ROWS": self.rows,
+            "SMALLEST": self.smallest,
+            "BODIES": self.bodies,
+            "BLOCK_K": self.block_k,
+            "STAGES": self.num_stages,
+            "AT_ONCE": self.at_once,
+            "num_warps": self.num_warps,
+        }
+        return meta if self.registers is None else {**meta, "maxnreg": self.registers}
+
+
+@dataclass(frozen=True)
+class TileConfigs:
+    """How a whole block runs: direct, every slot by itself, or slots sorted into tiles of up.largest tokens."""
+
+    up: TileConfig
+    down: TileConfig
+    direct: bool = False
+
+
+def choose(tokens: int, top: int, experts: int) -> TileConfigs:
+    """By how many slots an expert is expected to see."""
+    if tokens == 1:
+        few = TileConfig(32, 8, 8, 256, num_warps=2, num_stages=4)
+        return TileConfigs(few, few, direct=True)
+    each = tokens * top / experts
+    if each <= 6:
+        config = TileConfig(128, 16, 16, 128, num_warps=4, num_stages=4)
+        return TileConfigs(config, config)
+    if each <= 64:
+        config = TileConfig(128, 16, 64, 128, num_warps=4, num_stages=3)
+        return TileConfigs(config, config)
+    config = TileConfig(128, 16, 128, 128, num_warps=8, num_stages=3, at_once=8)
+    return TileConfigs(config, config)

@@ -1,0 +1,92 @@
+# mypy: allow-untyped-defs
+"""Tiled weights times rows of activations, as Triton device functions: rows of the weight on M, tokens on N.
+
+The weight is decoded straight into the registers of the matrix units' left operand. As the right operand it would pass
+through shared memory, and with few tokens on M most of a tile would be empty.
+"""
+
+import triton
+import triton.language as tl
+
+from .entry import permute_chunks, round_blocks
+from .fragments import decode_fragments
+
+# What the left operand lacks: see prepack.DECODED_FACTOR.
+FACTOR = tl.constexpr(128.0)
+
+
+@triton.jit
+def product(
+    words_ptr,
+    scales_ptr,
+    tile_mask,
+    x_ptrs,
+    x_mask,
+    K,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    MASKED: tl.constexpr,
+    dtype: tl.constexpr,
+    FORM: tl.constexpr,
+):
+    """float32 [ROWS, TOKENS] = (code * block scale / 128)[ROWS, K] @ x[TOKENS, K].T.
+
+    Args:
+        words_ptr, scales_ptr: of the first chunk of each tile of 16 rows, [ROWS / 16].
+        tile_mask: [ROWS / 16], and K not a multiple of BLOCK_K: looked at only if MASKED.
+        x_ptrs: of each row's first element, [TOKENS]; columns are in the order of the tiles.
+        x_mask: [TOKENS].
+    """
+    CHUNKS: tl.constexpr = BLOCK_K // 64
+    word, lane = tl.arange(0, CHUNKS * 128), tl.arange(0, CHUNKS * 32)
+    words_ptrs = words_ptr[:, None] + word[None, :]
+    scales_ptrs = scales_ptr[:, None] + lane[None, :]
+    k = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptrs[:, None] + k[None, :]
+    acc = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
+    for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        if MASKED:
+            left = K - start
+            words = tl.load(words_ptrs, mask=tile_mask[:, None] & (word // 2 < left)[None, :], other=0)
+            scales = tl.load(scales_ptrs, mask=tile_mask[:, None] & (lane * 2 < left)[None, :], other=0)
+            x = tl.load(x_ptrs, mask=x_mask[:, None] & (k < left)[None, :], other=0.0)
+        else:
+            words = tl.load(words_ptrs)
+            scales = tl.load(scales_ptrs)
+            x = tl.load(x_ptrs, mask=x_mask[:, None], other=0.0)
+        w = decode_fragments(words.to(tl.uint32, bitcast=True), scales, dtype, FORM)
+        acc = tl.dot(w, tl.trans(x), acc)
+        words_ptrs += CHUNKS * 128
+        scales_ptrs += CHUNKS * 32
+        x_ptrs += BLOCK_K
+    return acc
+
+
+@triton.jit
+def scaled(acc, global_scale_ptr, stride_gn, bias_ptr, stride_bn, n, N, factor, dtype: tl.constexpr):
+    """acc [rows n, tokens] times each row's global scale and factor, rounded to dtype, and again with the bias."""
+    scale = tl.load(global_scale_ptr + n * stride_gn, mask=n < N, other=0.0) * factor
+    y = (acc * scale[:, None]).to(dtype).to(tl.float32)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + n * stride_bn, mask=n < N, other=0.0).to(tl.float32)
+        y = (y + bias[:, None]).to(dtype).to(tl.float32)
+    return y
+
+
+@triton.jit
+def leave(h, act_scale_ptr, PERMUTE: tl.constexpr, dtype: tl.constexpr):
+    """h [outputs, TOKENS] float32 to rows [TOKENS, outputs] in dtype: rounded to NVFP4 and permuted where asked.
+
+    Fewer outputs than a chunk of columns are not permuted here, but stored where they belong.
+    """
+    OUTPUTS: tl.constexpr = h.shape[0]
+    TOKENS: tl.constexpr = h.shape[1]
+    rows = tl.trans(h.to(dtype))
+    if act_scale_ptr is not None:
+        blocks = tl.reshape(rows.to(tl.float32), (TOKENS * OUTPUTS // 16, 16))
+        rows = tl.reshape(round_blocks(blocks, tl.load(act_scale_ptr)), (TOKENS, OUTPUTS)).to(dtype)
+    if PERMUTE and OUTPUTS % 64 == 0:
+        rows = permute_chunks(rows, TOKENS, OUTPUTS)
+    return rows

@@ -1,0 +1,125 @@
+"""The routed block on tiled weights against the plain block: layouts, sizes, routings, activations, biases.
+
+Every case poisons its outputs, runs twice, and compares the two bit for bit: Triton 3.6 miscompiles some loops with a
+register operand into races that one run does not show.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from fx_nvfp4 import block as plain
+from fx_nvfp4 import gpu_tiled
+from fx_nvfp4.activation import parse
+from fx_nvfp4.block import Block, Projection
+from fx_nvfp4.kernels.tile_config import TileConfig, TileConfigs
+from fx_nvfp4.prepack import prepack
+from fx_nvfp4.reference import Activations
+
+NONE = Activations("none", None, "hardware")
+# 16 bits of the products' rounding, of h and of the sum.
+BOUND = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
+
+
+def projection(
+    experts: int, n: int, k: int, device: str, act: Activations = NONE, bias: torch.dtype | None = None
+) -> Projection:
+    qdata = torch.randint(0, 256, (experts, n, k // 2), dtype=torch.uint8, device=device)
+    scale = (torch.rand(experts, n, k // 16, device=device) + 0.25).to(torch.float8_e4m3fn)
+    global_scale = (torch.rand(experts, n, device=device) + 0.5) * 0.5 / k**0.5
+    made = None if bias is None else torch.randn(experts, n, device=device).to(bias)
+    return Projection(qdata, scale, global_scale, made, act)
+
+
+def tiled(p: Projection) -> Projection:
+    words, scales = prepack(p.qdata, p.block_scale)
+    return dataclasses.replace(p, qdata=words, block_scale=scales)
+
+
+def tiled_block(block: Block) -> Block:
+    return dataclasses.replace(block, up=tuple(map(tiled, block.up)), down=tiled(block.down))
+
+
+def poison(x: Tensor, block: Block, slots: int) -> None:
+    """Memory that the next allocations are likely to get holds NaN."""
+    inner = block.down.qdata.shape[2] * 64
+    wide = max(x.shape[1], inner, block.down.global_scale.shape[1])
+    for _ in range(4):
+        torch.full((slots, wide), float("nan"), dtype=x.dtype, device=x.device)
+
+
+def check(block: Block, x: Tensor, ids: Tensor, weights: Tensor, configs: TileConfigs | None = None) -> None:
+    expected = plain.moe(x, ids, weights, block).double()
+    packed = tiled_block(block)
+    runs = []
+    for _ in range(2):
+        poison(x, packed, ids.numel())
+        runs.append(gpu_tiled.moe(x, ids, weights, packed, configs))
+    torch.testing.assert_close(*runs, rtol=0, atol=0)
+    error = (runs[0].double() - expected).norm() / expected.norm().clamp(min=1e-30)
+    assert error < BOUND[x.dtype], float(error)
+
+
+def routing(tokens: int, top: int, experts: int, device: str) -> tuple[Tensor, Tensor]:
+    scores = torch.rand(tokens, experts, device=device)
+    values, ids = scores.topk(top)
+    return ids, values / values.sum(-1, keepdim=True)
+
+
+def make(
+    layout: str = "concatenated",
+    experts: int = 4,
+    hidden: int = 128,
+    inner: int = 64,
+    device: str = "cpu",
+    act: Activations = NONE,
+    bias: torch.dtype | None = None,
+    activation: str | None = None,
+    weighted: str = "output",
+) -> Block:
+    rows = 2 * inner if layout in ("concatenated", "interleaved") else inner
+    count = 2 if layout == "separate" else 1
+    up = tuple(projection(experts, rows, hidden, device, act, bias) for _ in range(count))
+    text = activation or ("relu(u)" if layout == "plain" else "silu(g) * u")
+    return Block(up, projection(experts, hidden, inner, device, act, bias), parse(text), layout, weighted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["concatenated", "interleaved", "separate", "plain"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_layouts(layout, dtype, bias, device):
+    block = make(layout, device=device, bias=dtype if bias else None)
+    x = torch.randn(5, 128, device=device).to(dtype)
+    check(block, x, *routing(5, 2, 4, device))
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 7, 40])
+def test_chosen_configurations(tokens, device):
+    block = make(device=device, hidden=192, inner=128)
+    x = torch.randn(tokens, 192, device=device).half()
+    check(block, x, *routing(tokens, 3, 4, device))
+
+
+CONFIGS = [
+    TileConfig(128, 16, 16, 128, num_warps=4, num_stages=3),
+    TileConfig(64, 16, 32, 128, num_warps=4, num_stages=3),
+    TileConfig(128, 16, 64, 128, num_warps=4, num_stages=3),
+    TileConfig(128, 16, 128, 128, num_warps=8, num_stages=3, at_once=8),
+    TileConfig(32, 8, 8, 256, num_warps=2, num_stages=4),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("sizes", [(128, 64), (64, 192), (320, 128)], ids=str)
+def test_every_configuration_with_uneven_experts(config, sizes, device):
+    """Empty experts, one with most tokens, slots of nobody, sizes that do not fill a tile of the product."""
+    block = make(experts=5, hidden=sizes[0], inner=sizes[1], device=device)
+    tokens = 75
+    ids, weights = routing(tokens, 2, 5, device)
+    ids[:50, 0] = 3
+    ids[ids == 1] = 2
+    ids[60:, 1] = -1
+    x = torch.randn(tokens, sizes[0], device=device).half()
+    check(block, x, ids, weights, TileConfigs(config, config))
