@@ -40,7 +40,7 @@ def permuted(column):
     return column // 64 * 64 + column // 4 % 4 * 16 + column // 2 % 2 * 8 + column // 16 % 4 * 2 + column % 2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows_per_x", "slots", "E"])
 def entry_kernel(
     x_ptr,
     stride_xm,

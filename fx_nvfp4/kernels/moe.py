@@ -244,7 +244,7 @@ def down_kernel(
     store_tile(out_ptr, N, slots, row_mask, cols, col_mask, y)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "E"])
 def combine_kernel(
     y_ptr, ids_ptr, weights_ptr, out_ptr, S, N, E, SLOTS: tl.constexpr, A: tl.constexpr, BLOCK_N: tl.constexpr
 ):

@@ -51,7 +51,7 @@ def write_tiles(
     tl.store(row + 2, tl.where(expert < E, count, 0), mask=tile < tiles)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "tiles", "E"])
 def table_kernel(
     ids_ptr,
     order_ptr,
@@ -77,7 +77,7 @@ def table_kernel(
     write_tiles(table_ptr, totals, start, tiles, E, TOKENS, BLOCK, GROUPS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "E"])
 def count_blocks_kernel(ids_ptr, counts_ptr, slots, E, BLOCK: tl.constexpr, GROUPS: tl.constexpr, PDL: tl.constexpr):
     """counts[b, group]: the slots of block b by expert, nobody's as group E."""
     wait_for_inputs(PDL)
@@ -86,7 +86,7 @@ def count_blocks_kernel(ids_ptr, counts_ptr, slots, E, BLOCK: tl.constexpr, GROU
     tl.store(counts_ptr + block * GROUPS + tl.arange(0, GROUPS), tl.histogram(expert, GROUPS))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "blocks", "tiles", "E"])
 def table_of_counts_kernel(
     ids_ptr,
     counts_ptr,

@@ -113,7 +113,8 @@ def up_tile(
     tl.store(out_ptr + slots[:, None] * N + column[None, :], rows, mask=mask[:, None] & (output < N)[None, :])
 
 
-@triton.jit
+# Numbers that change from call to call must not lead to new compilations.
+@triton.jit(do_not_specialize=["tiles", "parts", "slots_per_row", "experts", "stride_ie", "stride_oe"])
 def tiled_up_kernel(
     table_ptr,
     order_ptr,
@@ -267,7 +268,7 @@ def down_tile(
     tl.store(ptrs, tl.trans(y.to(dtype)), mask=mask[:, None] & (output < N)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles", "parts", "experts", "stride_ie"])
 def tiled_down_kernel(
     table_ptr,
     order_ptr,
