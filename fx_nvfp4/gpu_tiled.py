@@ -18,7 +18,7 @@ from .kernels import tiled_moe as kernels
 from .kernels.entry import enter
 from .kernels.tile_config import TileConfigs, choose
 from .kernels.tile_table import sort_into_tiles
-from .kernels.tiled_moe import Routing, TiledOperand
+from .kernels.tiled_moe import Routing, Rows, TiledOperand
 from .reference import Activations
 
 
@@ -44,6 +44,7 @@ def moe(x: Tensor, ids: Tensor, weights: Tensor, block: Block, configs: TileConf
         configs = choose(ids.shape[0], ids.shape[1], block.experts)
     slots = Slots(ids, weights, block.experts)
     routing = _route(slots, configs)
+    permute = not configs.direct
     apart = block.rows_apart
     entering = weights if block.weighted == "input" else None
     per_row = 1 if apart else ids.shape[1]
@@ -53,41 +54,36 @@ def moe(x: Tensor, ids: Tensor, weights: Tensor, block: Block, configs: TileConf
     h_scale = down_act.scale if fused and down_act.mode == "static" else None
     acts = [p.act for p in block.up]
     if all(act.scale is acts[0].scale for act in acts):
-        rows, scale = _enter(x, acts[0], slots, entering, apart)
-        text = block.activation.to_triton()
-        h = kernels.up(rows, gate, up, interleaved, routing, per_row, text, scale, h_scale, fused, configs.up)
+        rows = _enter(x, acts[0], slots, entering, apart, permute)
+        text, permute_h = block.activation.to_triton(), fused and permute
+        h = kernels.up(rows, gate, up, interleaved, routing, per_row, text, h_scale, permute_h, configs.up)
     else:
         # Rounded apart: each by itself, and the activation as plain operations.
-        itself, parts = parse("u").to_triton(), []
+        itself, parts, fused = parse("u").to_triton(), [], False
         for act, operand in zip(acts, (gate, up), strict=True):
             assert operand is not None
-            rows, scale = _enter(x, act, slots, entering, apart)
-            config = configs.up
-            parts.append(kernels.up(rows, None, operand, False, routing, per_row, itself, scale, None, False, config))
-        h, fused = block.activation.evaluate(*parts).to(x.dtype), False
-    down_scale = down_act.scale if fused else None
-    if not fused:
-        h, down_scale = _enter(h, down_act, slots.by_itself, None, True)
-    y = kernels.down(h, _operand(block.down), routing, down_scale, configs.down)
+            rows = _enter(x, act, slots, entering, apart, permute)
+            parts.append(kernels.up(rows, None, operand, False, routing, per_row, itself, None, False, configs.up))
+        h = block.activation.evaluate(*parts).to(x.dtype)
+    inner = Rows(h, permute, h_scale) if fused else _enter(h, down_act, slots.by_itself, None, True, permute)
+    y = kernels.down(inner, _operand(block.down), routing, configs.down)
     return moe_kernels.combine(y, ids, weights if block.weighted == "output" else None, block.experts)
 
 
 def _route(slots: Slots, configs: TileConfigs) -> Routing:
     ids = slots.ids.contiguous()
-    if configs.direct:
-        return Routing(ids.reshape(-1), None, ids.numel())
-    tiles = sort_into_tiles(ids, slots.experts, configs.up.largest)
-    return Routing(tiles.table, tiles.order, ids.numel())
+    table = ids.reshape(-1) if configs.direct else sort_into_tiles(ids, slots.experts, configs.up.largest)
+    return Routing(table, ids.numel())
 
 
-def _enter(
-    x: Tensor, act: Activations, slots: Slots, weights: Tensor | None, apart: bool
-) -> tuple[Tensor, Tensor | None]:
-    """(permuted rows of x, of the slots if apart; float64 scale of the sum); exact where activations are quantised."""
-    if act.mode == "none":
-        return enter(x, slots.ids, slots.experts, weights, None, apart), None
-    if act.mode == "static" and act.dialect == "hardware":
-        return enter(x, slots.ids, slots.experts, weights, act.scale, apart), act.scale
+def _enter(x: Tensor, act: Activations, slots: Slots, weights: Tensor | None, apart: bool, permute: bool) -> Rows:
+    """Rows of x, or of the slots if apart, and the scale of the sum; exact where activations are quantised."""
+    if act.mode == "none" and not permute and weights is None and not apart:
+        return Rows(x if x.is_contiguous() else x.contiguous(), False, None)
+    static = act.mode == "static" and act.dialect == "hardware"
+    if act.mode == "none" or static:
+        scale = act.scale if static else None
+        return Rows(enter(x, slots.ids, slots.experts, weights, scale, apart, permute), permute, scale)
     if apart:
         x = x.repeat_interleave(slots.ids.shape[1], dim=0)
         x = x if weights is None else (x.float() * weights.reshape(-1, 1).float()).to(x.dtype)
@@ -95,8 +91,8 @@ def _enter(
     group = slots.ids.reshape(-1) if apart else None
     scale = act.scale_of_groups(x, group, slots.experts)
     if act.dialect == "hardware":
-        return enter(x, slots.ids, slots.experts, None, scale, apart), scale
-    return enter(act.enter_rows(x, group, slots.experts)[0]), scale
+        return Rows(enter(x, slots.ids, slots.experts, None, scale, apart, permute), permute, scale)
+    return Rows(enter(act.enter_rows(x, group, slots.experts)[0], permute=permute), permute, scale)
 
 
 def _operand(p: Projection, rows: slice | None = None, tiles: slice | None = None) -> TiledOperand:

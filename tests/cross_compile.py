@@ -25,7 +25,7 @@ from fx_nvfp4.activation import parse
 from fx_nvfp4.kernels.activation import compile_activation
 from fx_nvfp4.kernels.batched import batched_kernel
 from fx_nvfp4.kernels.config import (
-    COMBINE_ELEMENTS,
+    COMBINE_COLUMNS,
     DEQUANTIZE,
     FAKE_QUANTIZE_BLOCKS,
     INDEXED,
@@ -75,7 +75,7 @@ def kernel_calls(dtype: str, rows: int, hip: bool) -> dict[str, tuple[Any, dict[
         "up": (up_kernel, {**gated, "GROUPS": 256, "ACTIVATION": silu}),
         "activation": (up_kernel, {**gated, "GROUPS": 256, "ACTIVATION": anything}),
         "down": (down_kernel, {**config, "GROUPS": 256}),
-        "combine": (combine_kernel, {"SLOTS": 8, "A": 6, "BLOCK_N": COMBINE_ELEMENTS // 8}),
+        "combine": (combine_kernel, {"A": 6, "BLOCK_N": COMBINE_COLUMNS, "PDL": False}),
         "count": (count_kernel, {"BLOCK": ROUTING_BLOCK, "BLOCKS": ROUTING_BLOCKS_PER_STEP}),
         "place": (place_kernel, {"BLOCK": ROUTING_BLOCK, "GROUPS": ROUTING_GROUPS}),
         "fake_quantize": (fake_quantize_kernel, {"APPLY_SCALE": True, "BLOCKS": FAKE_QUANTIZE_BLOCKS}),

@@ -79,12 +79,13 @@ FAKE_QUANTIZE_BLOCKS = 128
 ROUTING_BLOCK = 64
 ROUTING_BLOCKS_PER_STEP = 64
 ROUTING_GROUPS = 64
-# Slots that one program of the table kernels places at a time, up to how many of them one launch sorts, and what one
-# program places where there are more.
+# Slots that the table kernels place at a time and count at a time, up to how many of them one launch sorts, and among
+# how many programs more of them are shared.
 TABLE_BLOCK = 64
+TABLE_COUNTED = 256
 TABLE_SLOTS_AT_ONCE = 4096
-TABLE_BLOCK_OF_MANY = 512
+TABLE_BLOCKS_OF_MANY = 128
 # Elements of a row that one program of the entry kernel rounds and permutes.
 ENTRY_BLOCK = 1024
-# Elements of [slots of a token, outputs] that one program of the combine kernel sums.
-COMBINE_ELEMENTS = 4096
+# Outputs of a token that one program of the combine kernel sums.
+COMBINE_COLUMNS = 1024

@@ -53,6 +53,7 @@ def entry_kernel(
     K,
     E,
     PER_EXPERT: tl.constexpr,
+    PERMUTE: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -73,7 +74,8 @@ def entry_kernel(
             expert = tl.where(found < E, found, 0)
         blocks_of_x = tl.reshape(x.to(tl.float32), (BLOCK // 16, 16))
         x = tl.reshape(round_blocks(blocks_of_x, tl.load(act_scale_ptr + expert)), (BLOCK,)).to(dtype)
-    x = tl.reshape(permute_chunks(tl.reshape(x, (1, BLOCK)), 1, BLOCK), (BLOCK,))
+    if PERMUTE:
+        x = tl.reshape(permute_chunks(tl.reshape(x, (1, BLOCK)), 1, BLOCK), (BLOCK,))
     tl.store(out_ptr + row * K + column, x, mask=column < K)
 
 
@@ -84,8 +86,9 @@ def enter(
     weights: Tensor | None = None,
     act_scale: Tensor | None = None,
     apart: bool = False,
+    permute: bool = True,
 ) -> Tensor:
-    """x [T, K] -> permuted [T, K], or with `apart` one row for each slot of ids [T, A], [T * A, K].
+    """x [T, K] -> [T, K] permuted, or with `apart` one row for each slot of ids [T, A], [T * A, K].
 
     Args:
         x: float16 or bfloat16, K a multiple of 64.
@@ -115,6 +118,7 @@ def enter(
             k,
             experts,
             PER_EXPERT=act_scale is not None and act_scale.ndim == 1,
+            PERMUTE=permute,
             BLOCK=block,
             num_warps=2 if block <= 512 else 4,
             **dependent_launch(x),

@@ -109,21 +109,45 @@ def _decode_plain(words, scales, dtype: tl.constexpr):
 
 
 @triton.jit
+def _halves(register, dtype: tl.constexpr):
+    """A 32-bit register as the pair of values that it holds, [..., 2]; it stays where it is."""
+    low = (register & 0xFFFF).to(tl.uint16).to(dtype, bitcast=True)
+    high = (register >> 16).to(tl.uint16).to(dtype, bitcast=True)
+    return tl.join(low, high)
+
+
+@triton.jit
 def _decode_ptx(words, scales, TEXT: tl.constexpr, dtype: tl.constexpr):
-    """The eight registers by inline PTX, arguments as _decode_plain's."""
-    return tl.inline_asm_elementwise(
+    """The eight registers by inline PTX, arguments as _decode_plain's.
+
+    One element of each operand at a time: that neighbours lie in neighbouring registers, as packing several would need,
+    holds in some layouts only.
+    """
+    w0, w1 = tl.split(words)
+    both, _ = tl.split(tl.broadcast_to(scales, words.shape))
+    r0, r1, r2, r3, r4, r5, r6, r7 = tl.inline_asm_elementwise(
         TEXT,
         # Marked by &: written before all inputs are read, an output must not share an input's register.
-        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r",
-        [words, tl.broadcast_to(scales, words.shape)],
-        dtype=(dtype.value,) * 8,
+        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r",
+        [w0, w1, both],
+        dtype=(tl.uint32,) * 8,
         is_pure=True,
-        pack=2,
+        pack=1,
+    )
+    return (
+        _halves(r0, dtype),
+        _halves(r1, dtype),
+        _halves(r2, dtype),
+        _halves(r3, dtype),
+        _halves(r4, dtype),
+        _halves(r5, dtype),
+        _halves(r6, dtype),
+        _halves(r7, dtype),
     )
 
 
 @triton.jit
-def decode_fragments(words, scales, dtype: tl.constexpr, FORM: tl.constexpr):
+def decode_fragments(words, scales, dtype: tl.constexpr, FORM: tl.constexpr, PAIRS: tl.constexpr = True):
     """Tiles of prepacked weights as a left operand.
 
     Args:
@@ -131,9 +155,12 @@ def decode_fragments(words, scales, dtype: tl.constexpr, FORM: tl.constexpr):
         scales: uint16 [R, 32 * C], a lane's two bytes in one.
         dtype: bfloat16 or float16.
         FORM: what decode_form says.
+        PAIRS: the order of K that the matrix units see; either keeps registers where they are, for one of two layouts
+            of the left operand: lanes hold pairs (wgmma), or four neighbours (mma.sync as Triton lays it out).
 
     Returns:
-        [16 * R, 64 * C] in dtype, K permuted inside its chunks: code * block scale / 128, exact.
+        [16 * R, 64 * C] in dtype, code * block scale / 128, exact. K is permuted inside its chunks, as
+        prepack.permute_k says with PAIRS, and else only fours of neighbours change places.
     """
     R: tl.constexpr = words.shape[0]
     C: tl.constexpr = words.shape[1] // 128
@@ -152,8 +179,11 @@ def decode_fragments(words, scales, dtype: tl.constexpr, FORM: tl.constexpr):
             r0, r1, r2, r3, r4, r5, r6, r7 = _decode_ptx(words, pair, _BF16_SM80, tl.bfloat16)
     first = tl.join(tl.join(r0, r1), tl.join(r2, r3))
     second = tl.join(tl.join(r4, r5), tl.join(r6, r7))
-    # [tile, chunk, g, t, j, e, row, half, step] -> [tile, row, g] x [chunk, j, step, half, t, e]
-    fragments = tl.permute(tl.join(first, second), (0, 6, 2, 1, 4, 8, 7, 3, 5))
+    # [tile, chunk, g, t, j, e, row, half, step] -> [tile, row, g] x [chunk, j, step, half, t, e], or [.., t, half, e]
+    if PAIRS:
+        fragments = tl.permute(tl.join(first, second), (0, 6, 2, 1, 4, 8, 7, 3, 5))
+    else:
+        fragments = tl.permute(tl.join(first, second), (0, 6, 2, 1, 4, 8, 3, 7, 5))
     return tl.reshape(fragments, (R * 16, C * 64))
 
 

@@ -13,8 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .activation import compile_activation
-from .config import COMBINE_ELEMENTS, GemmConfig, gemm_config
+from .config import COMBINE_COLUMNS, GemmConfig, gemm_config
 from .grouped import find_tile, row_tiles
+from .launch import dependent_launch, wait_for_inputs
 from .operands import Weight, check_input, check_out_scale, pack_weight, require
 from .routing import load_expert
 from .tile import output_scale, product_tile, store_tile
@@ -246,21 +247,24 @@ def down_kernel(
 
 @triton.jit(do_not_specialize=["S", "E"])
 def combine_kernel(
-    y_ptr, ids_ptr, weights_ptr, out_ptr, S, N, E, SLOTS: tl.constexpr, A: tl.constexpr, BLOCK_N: tl.constexpr
+    y_ptr, ids_ptr, weights_ptr, out_ptr, S, N, E, A: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr
 ):
     """out[t] = sum of the slots of token t, times weights unless that is None; slots of nobody are not read."""
+    wait_for_inputs(PDL)
     tiles_n = tl.cdiv(N, BLOCK_N)
     pid = tl.program_id(0)
     token = (pid // tiles_n).to(tl.int64)
     cols = (pid % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
-    place = tl.arange(0, SLOTS)
-    slot = tl.where(place < A, token * A + place, S)
-    inside = load_expert(ids_ptr, slot, S, E) < E
-    mask = inside[:, None] & (cols < N)[None, :]
-    y = tl.load(y_ptr + slot[:, None] * N + cols[None, :], mask=mask, other=0.0).to(tl.float32)
-    if weights_ptr is not None:
-        y *= tl.load(weights_ptr + slot, mask=inside, other=0.0).to(tl.float32)[:, None]
-    tl.store(out_ptr + token * N + cols, tl.sum(y, axis=0).to(out_ptr.dtype.element_ty), mask=cols < N)
+    total = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    # One slot after the other in the text, so that all are read at once and no warp waits for another's part.
+    for place in tl.static_range(A):
+        slot = token * A + place
+        inside = load_expert(ids_ptr, slot, S, E) < E
+        y = tl.load(y_ptr + slot * N + cols, mask=cols < tl.where(inside, N, 0), other=0.0).to(tl.float32)
+        if weights_ptr is not None:
+            y *= tl.where(inside, tl.load(weights_ptr + slot).to(tl.float32), 0.0)
+        total += y
+    tl.store(out_ptr + token * N + cols, total.to(out_ptr.dtype.element_ty), mask=cols < N)
 
 
 class Operand(NamedTuple):
@@ -327,8 +331,7 @@ def combine(y: Tensor, ids: Tensor, weights: Tensor | None, experts: int) -> Ten
     out = y.new_empty(tokens, y.shape[1])
     if out.numel() == 0:
         return out
-    slots = triton.next_power_of_2(max(top, 1))
-    block_n = min(triton.next_power_of_2(y.shape[1]), max(16, COMBINE_ELEMENTS // slots))
+    block_n = min(triton.next_power_of_2(y.shape[1]), COMBINE_COLUMNS)
     with torch.cuda.device_of(y):
         combine_kernel[(tokens * triton.cdiv(y.shape[1], block_n),)](
             y,
@@ -338,9 +341,9 @@ def combine(y: Tensor, ids: Tensor, weights: Tensor | None, experts: int) -> Ten
             ids.numel(),
             y.shape[1],
             experts,
-            SLOTS=slots,
             A=top,
             BLOCK_N=block_n,
+            **dependent_launch(y),
         )
     return out
 

@@ -2,13 +2,18 @@
 
 from dataclasses import dataclass
 
+import triton
+from packaging import version
+
 
 @dataclass(frozen=True)
 class TileConfig:
     """Rows of the weight on M, tokens on N.
 
     A tile of tokens holds up to `largest`; the loop is compiled for smallest, twice that, ..., largest tokens, and each
-    tile takes the smallest that holds it. at_once: tiles of tokens whose programs take turns.
+    tile takes the smallest that holds it.
+    at_once: tiles of tokens whose programs take turns.
+    prefetched: columns that a program asks for before its inputs are ready, a power of two.
     """
 
     rows: int
@@ -19,6 +24,7 @@ class TileConfig:
     num_stages: int
     at_once: int = 1
     registers: int | None = None
+    prefetched: int = 512
 
     @property
     def bodies(self) -> int:
@@ -36,6 +42,15 @@ class TileConfig:
             "num_warps": self.num_warps,
         }
         return meta if self.registers is None else {**meta, "maxnreg": self.registers}
+
+
+def needs_wait(config: TileConfig) -> bool:
+    """Whether the loop must wait for the matrix units itself.
+
+    With a step of 64 and 64 tokens or more, Triton 3.6 leaves a wgmma in flight across the loop edge while its left
+    operand's registers are written anew; results are wrong and change from run to run.
+    """
+    return config.block_k < 128 and config.largest >= 64 and version.parse(triton.__version__) < version.parse("3.7")
 
 
 @dataclass(frozen=True)

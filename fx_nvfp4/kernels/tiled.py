@@ -16,6 +16,14 @@ FACTOR = tl.constexpr(128.0)
 
 
 @triton.jit
+def finish_products():
+    """Waits for the matrix units: their left operand's registers are free again."""
+    tl.inline_asm_elementwise(
+        "wgmma.wait_group.sync.aligned 0; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
 def product(
     words_ptr,
     scales_ptr,
@@ -28,6 +36,8 @@ def product(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
     MASKED: tl.constexpr,
+    PERMUTED: tl.constexpr,
+    WAIT: tl.constexpr,
     dtype: tl.constexpr,
     FORM: tl.constexpr,
 ):
@@ -36,15 +46,20 @@ def product(
     Args:
         words_ptr, scales_ptr: of the first chunk of each tile of 16 rows, [ROWS / 16].
         tile_mask: [ROWS / 16], and K not a multiple of BLOCK_K: looked at only if MASKED.
-        x_ptrs: of each row's first element, [TOKENS]; columns are in the order of the tiles.
+        x_ptrs: of each row's first element, [TOKENS].
         x_mask: [TOKENS].
+        PERMUTED: x's columns are in the order of prepack.permute_k; else they are in their own, and are read in fours.
+        WAIT: see tile_config.needs_wait.
     """
     CHUNKS: tl.constexpr = BLOCK_K // 64
     word, lane = tl.arange(0, CHUNKS * 128), tl.arange(0, CHUNKS * 32)
     words_ptrs = words_ptr[:, None] + word[None, :]
     scales_ptrs = scales_ptr[:, None] + lane[None, :]
     k = tl.arange(0, BLOCK_K)
-    x_ptrs = x_ptrs[:, None] + k[None, :]
+    if PERMUTED:
+        x_ptrs = x_ptrs[:, None] + k[None, :]
+    else:
+        x_ptrs = x_ptrs[:, None] + (k // 64 * 64 + k // 4 % 4 * 16 + k // 16 % 4 * 4 + k % 4)[None, :]
     acc = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
     for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         if MASKED:
@@ -56,8 +71,10 @@ def product(
             words = tl.load(words_ptrs)
             scales = tl.load(scales_ptrs)
             x = tl.load(x_ptrs, mask=x_mask[:, None], other=0.0)
-        w = decode_fragments(words.to(tl.uint32, bitcast=True), scales, dtype, FORM)
+        w = decode_fragments(words.to(tl.uint32, bitcast=True), scales, dtype, FORM, PERMUTED)
         acc = tl.dot(w, tl.trans(x), acc)
+        if WAIT:
+            finish_products()
         words_ptrs += CHUNKS * 128
         scales_ptrs += CHUNKS * 32
         x_ptrs += BLOCK_K
@@ -65,9 +82,17 @@ def product(
 
 
 @triton.jit
-def scaled(acc, global_scale_ptr, stride_gn, bias_ptr, stride_bn, n, N, factor, dtype: tl.constexpr):
-    """acc [rows n, tokens] times each row's global scale and factor, rounded to dtype, and again with the bias."""
-    scale = tl.load(global_scale_ptr + n * stride_gn, mask=n < N, other=0.0) * factor
+def prefetch(ptrs, COLUMNS: tl.constexpr):
+    """Asks for the first COLUMNS of tiles of rows, whose words ptrs [tiles] point to, to come to the L2 cache."""
+    lines = ptrs[:, None] + (tl.arange(0, COLUMNS // 16) * 32)[None, :]  # 16 columns of 16 rows are a line, 128 bytes
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def scaled(acc, scale, bias_ptr, stride_bn, n, N, dtype: tl.constexpr):
+    """acc [rows n, tokens] times each row's scale [rows], rounded to dtype, and again with the bias."""
     y = (acc * scale[:, None]).to(dtype).to(tl.float32)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + n * stride_bn, mask=n < N, other=0.0).to(tl.float32)

@@ -17,8 +17,9 @@ from .entry import permuted
 from .fragments import form_of
 from .launch import dependent_launch, wait_for_inputs
 from .operands import require
-from .tile_config import TileConfig
-from .tiled import FACTOR, leave, product, scaled
+from .tile_config import TileConfig, needs_wait
+from .tile_table import HEADER
+from .tiled import FACTOR, leave, prefetch, product, scaled
 
 
 @triton.jit
@@ -32,23 +33,29 @@ def find_work(tiles, parts, AT_ONCE: tl.constexpr):
 
 
 @triton.jit
-def find_tile(table_ptr, tile, DIRECT: tl.constexpr):
-    """(expert, first place, count) of a tile; with DIRECT the table holds expert ids, and every slot is a tile."""
+def find_tile(table_ptr, tile, LARGEST: tl.constexpr, DIRECT: tl.constexpr):
+    """(expert, number of slots, where they are) of a tile; with DIRECT table holds ids, and every slot is a tile."""
     if DIRECT:
-        expert = tl.load(table_ptr + tile).to(tl.int32)
-        return expert.to(tl.int64), tile, 1
-    row = table_ptr + tile * 4
-    return tl.load(row).to(tl.int64), tl.load(row + 1), tl.load(row + 2)
+        expert, count, slots_ptr = tl.load(table_ptr + tile), tile * 0 + 1, table_ptr
+    else:
+        row = table_ptr + tile * (HEADER + LARGEST)
+        expert, count, slots_ptr = tl.load(row), tl.load(row + 1), row + HEADER
+    return expert.to(tl.int64), count, slots_ptr
 
 
 @triton.jit
-def slots_of_tile(order_ptr, first, count, TOKENS: tl.constexpr, DIRECT: tl.constexpr):
+def slots_of_tile(slots_ptr, tile, count, TOKENS: tl.constexpr, DIRECT: tl.constexpr):
     """(int64 slots [TOKENS], mask)."""
     place = tl.arange(0, TOKENS)
     mask = place < count
-    if DIRECT:
-        return (first + place).to(tl.int64), mask
-    return tl.load(order_ptr + first + place, mask=mask, other=0).to(tl.int64), mask
+    slots = tile + place if DIRECT else tl.load(slots_ptr + place, mask=mask, other=0)
+    return slots.to(tl.int64), mask
+
+
+@triton.jit
+def row_scale(global_scale_ptr, stride_gn, n, N, factor):
+    """float32 [rows n], what brings a sum of products to its value."""
+    return tl.load(global_scale_ptr + n * stride_gn, mask=n < N, other=0.0) * factor
 
 
 @triton.jit
@@ -59,8 +66,8 @@ def distance(to, origin, BYTES: tl.constexpr):
 
 @triton.jit
 def up_tile(
-    order_ptr,
-    first,
+    slots_ptr,
+    tile,
     count,
     out_ptr,
     x_ptr,
@@ -84,18 +91,26 @@ def up_tile(
     GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     PERMUTE_H: tl.constexpr,
+    PERMUTED: tl.constexpr,
     DIRECT: tl.constexpr,
     FORM: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
     MASKED: tl.constexpr,
+    WAIT: tl.constexpr,
 ):
     """The tile's rows of out; pointers to scales and biases are the expert's own."""
     dtype: tl.constexpr = out_ptr.dtype.element_ty
-    slots, mask = slots_of_tile(order_ptr, first, count, TOKENS, DIRECT)
+    slots, mask = slots_of_tile(slots_ptr, tile, count, TOKENS, DIRECT)
     x_ptrs = x_ptr + slots // slots_per_row * K
-    acc = product(words, scales, tile_mask, x_ptrs, mask, K, ROWS, TOKENS, BLOCK_K, STAGES, MASKED, dtype, FORM)
+    # Read ahead of the product, as nothing else would hide how long it takes.
+    scale = row_scale(global_scale_ptr, stride_gn, output, N, factor)
+    if GATED:
+        gate_scale = row_scale(gate_global_scale_ptr, stride_gn, output, N, factor)
+    acc = product(
+        words, scales, tile_mask, x_ptrs, mask, K, ROWS, TOKENS, BLOCK_K, STAGES, MASKED, PERMUTED, WAIT, dtype, FORM
+    )
     up = acc
     if GATED:
         if INTERLEAVED:
@@ -103,9 +118,9 @@ def up_tile(
         else:
             # A thread holds rows of both halves of the tile, so that this parts registers.
             gate, up = tl.split(tl.permute(tl.reshape(acc, (2, ROWS // 2, TOKENS)), (1, 2, 0)))
-    up = scaled(up, global_scale_ptr, stride_gn, bias_ptr, stride_bn, output, N, factor, dtype)
+    up = scaled(up, scale, bias_ptr, stride_bn, output, N, dtype)
     if GATED:
-        gate = scaled(gate, gate_global_scale_ptr, stride_gn, gate_bias_ptr, stride_bn, output, N, factor, dtype)
+        gate = scaled(gate, gate_scale, gate_bias_ptr, stride_bn, output, N, dtype)
         rows = leave(ACTIVATION(gate, up), out_scale_ptr, PERMUTE_H, dtype)
     else:
         rows = leave(ACTIVATION(up, up), out_scale_ptr, PERMUTE_H, dtype)
@@ -117,7 +132,6 @@ def up_tile(
 @triton.jit(do_not_specialize=["tiles", "parts", "slots_per_row", "experts", "stride_ie", "stride_oe"])
 def tiled_up_kernel(
     table_ptr,
-    order_ptr,
     out_ptr,
     x_ptr,
     gate_words_ptr,
@@ -147,6 +161,7 @@ def tiled_up_kernel(
     GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     PERMUTE_H: tl.constexpr,
+    PERMUTED: tl.constexpr,
     DIRECT: tl.constexpr,
     FORM: tl.constexpr,
     ROWS: tl.constexpr,
@@ -156,18 +171,23 @@ def tiled_up_kernel(
     STAGES: tl.constexpr,
     AT_ONCE: tl.constexpr,
     MASKED: tl.constexpr,
+    WAIT: tl.constexpr,
+    PREFETCHED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """out[slot, :N] = ACTIVATION(gate, up) of x's row slot // slots_per_row.
 
     in_scale is the float64 activation scale of x by expert, out_scale that with which h is rounded, or None. Gate rows
     are the first half of a tile's, or in turn with up's where the weight holds them so (INTERLEAVED, then
-    gate_words is not read). DIRECT: every slot is a tile of its own, and table holds ids.
+    gate_words is not read). DIRECT: every slot is a tile of its own, and table holds ids, maybe of the last kernel.
     """
-    wait_for_inputs(PDL)
+    if DIRECT:
+        wait_for_inputs(PDL)
     tile, part = find_work(tiles, parts, AT_ONCE)
-    expert, first, count = find_tile(table_ptr, tile, DIRECT)
+    expert, count, slots_ptr = find_tile(table_ptr, tile, SMALLEST << (BODIES - 1), DIRECT)
     if (count == 0) | (expert < 0) | (expert >= experts):
+        if not DIRECT:
+            wait_for_inputs(PDL)
         return
     HALVES: tl.constexpr = GATED and not INTERLEAVED
     R: tl.constexpr = ROWS // 16
@@ -181,6 +201,9 @@ def tiled_up_kernel(
     if HALVES:
         words += tl.where(row_tile < R // 2, distance(gate_words_ptr, words_ptr, 4), 0)
         scales += tl.where(row_tile < R // 2, distance(gate_scales_ptr, scales_ptr, 2), 0)
+    if PDL and not DIRECT:
+        prefetch(words, PREFETCHED)
+        wait_for_inputs(PDL)
     factor = FACTOR
     if in_scale_ptr is not None:
         factor *= tl.load(in_scale_ptr + expert * stride_ie).to(tl.float32)
@@ -198,8 +221,8 @@ def tiled_up_kernel(
     for body in tl.static_range(BODIES):
         if (count <= SMALLEST << body) & (count > (SMALLEST << body) // 2 * min(body, 1)):
             up_tile(
-                order_ptr,
-                first,
+                slots_ptr,
+                tile,
                 count,
                 out_ptr,
                 x_ptr,
@@ -223,19 +246,21 @@ def tiled_up_kernel(
                 GATED,
                 INTERLEAVED,
                 PERMUTE_H,
+                PERMUTED,
                 DIRECT,
                 FORM,
                 ROWS,
                 BLOCK_K,
                 STAGES,
                 MASKED,
+                WAIT,
             )
 
 
 @triton.jit
 def down_tile(
-    order_ptr,
-    first,
+    slots_ptr,
+    tile,
     count,
     out_ptr,
     x_ptr,
@@ -251,19 +276,24 @@ def down_tile(
     stride_gn,
     stride_bn,
     TOKENS: tl.constexpr,
+    PERMUTED: tl.constexpr,
     DIRECT: tl.constexpr,
     FORM: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
     MASKED: tl.constexpr,
+    WAIT: tl.constexpr,
 ):
     """The tile's rows of out; pointers to scales and biases are the expert's own."""
     dtype: tl.constexpr = out_ptr.dtype.element_ty
-    slots, mask = slots_of_tile(order_ptr, first, count, TOKENS, DIRECT)
+    slots, mask = slots_of_tile(slots_ptr, tile, count, TOKENS, DIRECT)
     x_ptrs = x_ptr + slots * K
-    acc = product(words, scales, tile_mask, x_ptrs, mask, K, ROWS, TOKENS, BLOCK_K, STAGES, MASKED, dtype, FORM)
-    y = scaled(acc, global_scale_ptr, stride_gn, bias_ptr, stride_bn, output, N, factor, dtype)
+    scale = row_scale(global_scale_ptr, stride_gn, output, N, factor)
+    acc = product(
+        words, scales, tile_mask, x_ptrs, mask, K, ROWS, TOKENS, BLOCK_K, STAGES, MASKED, PERMUTED, WAIT, dtype, FORM
+    )
+    y = scaled(acc, scale, bias_ptr, stride_bn, output, N, dtype)
     ptrs = out_ptr + slots[:, None] * N + output[None, :]
     tl.store(ptrs, tl.trans(y.to(dtype)), mask=mask[:, None] & (output < N)[None, :])
 
@@ -271,7 +301,6 @@ def down_tile(
 @triton.jit(do_not_specialize=["tiles", "parts", "experts", "stride_ie"])
 def tiled_down_kernel(
     table_ptr,
-    order_ptr,
     out_ptr,
     x_ptr,
     words_ptr,
@@ -290,6 +319,7 @@ def tiled_down_kernel(
     stride_be,
     stride_bn,
     stride_ie,
+    PERMUTED: tl.constexpr,
     DIRECT: tl.constexpr,
     FORM: tl.constexpr,
     ROWS: tl.constexpr,
@@ -299,17 +329,22 @@ def tiled_down_kernel(
     STAGES: tl.constexpr,
     AT_ONCE: tl.constexpr,
     MASKED: tl.constexpr,
+    WAIT: tl.constexpr,
+    PREFETCHED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """out[slot, :N] = row `slot` of x, permuted, by the slot's expert."""
-    wait_for_inputs(PDL)
     tile, part = find_work(tiles, parts, AT_ONCE)
-    expert, first, count = find_tile(table_ptr, tile, DIRECT)
+    expert, count, slots_ptr = find_tile(table_ptr, tile, SMALLEST << (BODIES - 1), DIRECT)
     if (count == 0) | (expert < 0) | (expert >= experts):
+        wait_for_inputs(PDL)
         return
     own = part * (ROWS // 16) + tl.arange(0, ROWS // 16)
     words = words_ptr + (expert * stride_we + own * (K * 2))
     scales = scales_ptr + (expert * (stride_we // 4) + own * (K // 2))
+    if PDL:
+        prefetch(words, PREFETCHED)
+        wait_for_inputs(PDL)
     factor = FACTOR
     if in_scale_ptr is not None:
         factor *= tl.load(in_scale_ptr + expert * stride_ie).to(tl.float32)
@@ -320,8 +355,8 @@ def tiled_down_kernel(
     for body in tl.static_range(BODIES):
         if (count <= SMALLEST << body) & (count > (SMALLEST << body) // 2 * min(body, 1)):
             down_tile(
-                order_ptr,
-                first,
+                slots_ptr,
+                tile,
                 count,
                 out_ptr,
                 x_ptr,
@@ -337,12 +372,14 @@ def tiled_down_kernel(
                 stride_gn,
                 stride_bn,
                 SMALLEST << body,
+                PERMUTED,
                 DIRECT,
                 FORM,
                 ROWS,
                 BLOCK_K,
                 STAGES,
                 MASKED,
+                WAIT,
             )
 
 
@@ -397,41 +434,50 @@ class TiledOperand(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """Which slots each tile holds: tiles sorted by expert, or each slot by itself."""
+    """Which slots each tile holds."""
 
-    table: Tensor  # tiles' int32 [count, 4], or the ids of the slots
-    order: Tensor | None  # int32 [slots]; None: each slot is a tile
+    table: Tensor  # of sort_into_tiles, or the ids of the slots, each of which is then a tile
     slots: int
 
     @property
-    def count(self) -> int:
-        return self.slots if self.order is None else len(self.table)
+    def direct(self) -> bool:
+        return self.table.ndim == 1
+
+
+class Rows(NamedTuple):
+    """The input of a product: rows [.., K], whether entry.enter has permuted them, and their scale."""
+
+    x: Tensor
+    permuted: bool
+    scale: Tensor | None  # float64 [] or [E], multiplied into the sum
 
 
 def up(
-    x: Tensor,
+    rows: Rows,
     gate: TiledOperand | None,
     weight: TiledOperand,
     interleaved: bool,
     routing: Routing,
     slots_per_row: int,
     activation: str,
-    in_scale: Tensor | None,
     h_scale: Tensor | None,
     permuted: bool,
     config: TileConfig,
 ) -> Tensor:
     """activation(gate, up) of every slot -> [slots, N] in x's dtype; slots of nobody are not written.
 
+    The table must have been written before the kernel that was launched last: this one reads it before that has ended.
+
     Args:
-        x: rows as entry.enter leaves them; slot s reads row s // slots_per_row.
+        rows: slot s reads row s // slots_per_row.
         gate: None where there is none; with the words of `weight` where rows of gate and up take turns (interleaved).
-        in_scale, h_scale: float64 activation scales, [] or [E], of x and of h; h is then rounded to NVFP4.
-        permuted: whether h is to be permuted, as `down` takes it.
+        h_scale: float64 activation scale, [] or [E]: h is rounded to NVFP4, code * block_scale.
+        permuted: whether to permute h.
     """
-    weight.check(x, 2 if interleaved else 1)
+    x, rows_of_output = rows.x, 2 if interleaved else 1
+    weight.check(x, rows_of_output)
     if gate is not None:
-        gate.check(x, 2 if interleaved else 1)
+        gate.check(x, rows_of_output)
         require(gate.strides() == weight.strides(), "gate", gate.strides(), f"the strides of up, {weight.strides()}")
         require((gate.bias is None) == (weight.bias is None), "gate", gate.bias, "a bias if up has one")
     out = x.new_empty(routing.slots, weight.n)
@@ -440,56 +486,58 @@ def up(
     outputs = config.rows if gate is None else config.rows // 2
     parts = triton.cdiv(weight.n, outputs)
     with torch.cuda.device_of(x):
-        tiled_up_kernel[(routing.count * parts,)](
+        tiled_up_kernel[(len(routing.table) * parts,)](
             routing.table,
-            routing.order,
             out,
             x,
             *([None] * 4 if gate is None else gate.pointers()),
             *weight.pointers(),
-            in_scale,
+            rows.scale,
             h_scale,
-            routing.count,
+            len(routing.table),
             parts,
             slots_per_row,
             len(weight.words),
             weight.n,
             weight.k,
             *weight.strides(),
-            _stride(in_scale),
+            _stride(rows.scale),
             _stride(h_scale),
             ACTIVATION=compile_activation(activation),
             GATED=gate is not None,
             INTERLEAVED=interleaved,
             PERMUTE_H=permuted,
-            **_constants(x, routing, config, bool(weight.n % outputs or weight.k % config.block_k)),
+            **_constants(rows, routing, config, bool(weight.n % outputs or weight.k % config.block_k)),
         )
     return out
 
 
-def down(x: Tensor, weight: TiledOperand, routing: Routing, in_scale: Tensor | None, config: TileConfig) -> Tensor:
-    """Row s of x [slots, K], permuted, by the expert of slot s -> [slots, N]; slots of nobody are not written."""
+def down(rows: Rows, weight: TiledOperand, routing: Routing, config: TileConfig) -> Tensor:
+    """Row s of x [slots, K] by the expert of slot s -> [slots, N]; slots of nobody are not written.
+
+    As :func:`up` this reads the table before the kernel that was launched last has ended.
+    """
+    x = rows.x
     weight.check(x)
     out = x.new_empty(routing.slots, weight.n)
     if out.numel() == 0:
         return out
     parts = triton.cdiv(weight.n, config.rows)
     with torch.cuda.device_of(x):
-        tiled_down_kernel[(routing.count * parts,)](
+        tiled_down_kernel[(len(routing.table) * parts,)](
             routing.table,
-            routing.order,
             out,
             x,
             *weight.pointers(),
-            in_scale,
-            routing.count,
+            rows.scale,
+            len(routing.table),
             parts,
             len(weight.words),
             weight.n,
             weight.k,
             *weight.strides(),
-            _stride(in_scale),
-            **_constants(x, routing, config, bool(weight.n % config.rows or weight.k % config.block_k)),
+            _stride(rows.scale),
+            **_constants(rows, routing, config, bool(weight.n % config.rows or weight.k % config.block_k)),
         )
     return out
 
@@ -498,11 +546,15 @@ def _stride(scale: Tensor | None) -> int:
     return scale.stride(0) if scale is not None and scale.ndim else 0
 
 
-def _constants(x: Tensor, routing: Routing, config: TileConfig, masked: bool) -> dict[str, Any]:
+def _constants(rows: Rows, routing: Routing, config: TileConfig, masked: bool) -> dict[str, Any]:
+    form = form_of(rows.x)
     return {
-        "DIRECT": routing.order is None,
-        "FORM": form_of(x),
+        "PERMUTED": rows.permuted,
+        "DIRECT": routing.direct,
+        "FORM": form,
         "MASKED": masked,
+        "WAIT": form == "sm90" and needs_wait(config),
+        "PREFETCHED": min(config.prefetched, triton.next_power_of_2(rows.x.shape[-1] + 1) // 2),
         **config.meta(),
-        **dependent_launch(x),
+        **dependent_launch(rows.x),
     }
