@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import platform
 import sys
+import time
 from collections.abc import Sequence
 
 import torch
@@ -51,12 +52,16 @@ def main(argv: Sequence[str] | None = None) -> Run:
     print(f"at the start: {run.at_start}")
     variants = [*map(ours, args.formats), *(PEERS[name] for name in args.peers)]
     for name in args.shapes:
-        first = len(run.cells)
+        first, start = len(run.cells), time.perf_counter()
         try:
             measure_shape(SHAPES[name], variants, args, ceilings, run)
         finally:  # also what a run has that is broken off
             cells = run.cells[first:]
-            print(f"\n{heading(SHAPES[name], cells, run)}\n{render(cells, variants)}\n", flush=True)
+            print(
+                f"\n{heading(SHAPES[name], cells, run)}\n{render(cells, variants)}\n"
+                f"\n{time.perf_counter() - start:.0f} s",
+                flush=True,
+            )
         if args.plot:
             save_plot(run, args.plot)
     return run
@@ -100,7 +105,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     real = [name for name in SHAPES if name != "tiny"]
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=real)
     parser.add_argument("--tokens", nargs="+", type=int, help="default 1 to 16384, of tiny fewer")
-    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS), help="of ours")
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["w4a16", "w4a4"], help="of ours")
     parser.add_argument("--peers", nargs="*", choices=list(PEERS), default=list(PEERS), help="none: ours alone")
     parser.add_argument("--seconds", type=float, default=0.3, help="to time a cell, at least; checks come on top")
     parser.add_argument("--device", default="cuda")

@@ -112,7 +112,8 @@ def test_the_exact_result_is_that_of_the_plain_block():
     shape = Shape("", experts=4, top=2, hidden=64, intermediate=32)
     layer = random_layer(shape, CPU)
     call = random_calls(shape, 6, 1, CPU)[0]
-    for mode, modes in (("w4a16", ("none", "none")), ("w4a4", ("static", "static"))):
+    static = ("static", "static")
+    for mode, modes in (("w4a16", ("none", "none")), ("w4a4", static), ("w4a4-shared", static)):
         gate_up, down = layer.weights(mode)
         up = [[part] for part in (gate_up.qdata, gate_up.block_scale, gate_up.global_scale)]
         scales = None if gate_up.act_scale is None else [gate_up.act_scale]

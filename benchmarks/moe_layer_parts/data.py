@@ -14,7 +14,8 @@ from fx_nvfp4.format import TWO_LEVEL_MAX
 from .exact import Call, decoded, product
 from .shapes import Shape
 
-FORMATS = ("w4a16", "w4a4")
+# Static activation scales: of each expert, as checkpoints have them, or one for all, as vLLM makes of them.
+FORMATS = ("w4a16", "w4a4", "w4a4-shared")
 STDDEV = 0.02  # of the weights
 
 
@@ -22,7 +23,7 @@ STDDEV = 0.02  # of the weights
 class Layer:
     """Packed experts of one layer, and the scales of their activations.
 
-    gate_up, down: weight-only; act_scales float64 [E], of x and of h: every expert has its own, as checkpoints have.
+    gate_up, down: weight-only; act_scales: float64 [E], of x and of h.
     """
 
     shape: Shape
@@ -38,7 +39,8 @@ class Layer:
         """(gate_up, down) whose products run in one of FORMATS; the packed parts are shared."""
         if format == "w4a16":
             return self.gate_up, self.down
-        pairs = zip((self.gate_up, self.down), self.act_scales, strict=True)
+        scales = self.act_scales if format == "w4a4" else [scale.max() for scale in self.act_scales]
+        pairs = zip((self.gate_up, self.down), scales, strict=True)
         gate_up, down = (w.replace(activations="static", act_scale=scale) for w, scale in pairs)
         return gate_up, down
 

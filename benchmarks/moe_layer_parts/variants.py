@@ -95,9 +95,9 @@ PEERS = {
     "vllm-emulation": Variant(
         "vLLM emulation w4a4",
         lambda layer: Runner(vllm_peers.emulation(layer), vllm_peers.prepare),
-        format="w4a4",
+        format="w4a4-shared",
         bound=0.3,
-        note="NVFP4 emulation; rounds activations by vLLM's rule, with one scale for all experts",
+        note="NVFP4 emulation; activations by a rule of its own, with one scale for all experts",
     ),
     "vllm-marlin": Variant("vLLM Marlin w4a16", lambda layer: Runner(vllm_peers.marlin(layer), vllm_peers.prepare)),
     "vllm-bf16": Variant(
