@@ -29,24 +29,27 @@ class Bench:
 
     def cells(self, variant: Variant, tokens: list[int], report: Callable[[Cell], None]) -> None:
         """Measure a variant for each number of tokens; what fails becomes a cell that says why."""
-        blank = partial(Cell, self.layer.shape.title, variant.name, variant.format)
         try:
             runner: Runner | str = variant.build(self.layer)
         except Exception as error:
             runner = _reason(error)
         for count in tokens:
-            if isinstance(runner, str):
-                cell = blank(count, reason=runner)
-            else:
-                try:
-                    cell = blank(count, **self._measure(variant, runner, count))
-                except Exception as error:
-                    cell = blank(count, reason=_reason(error))
+            cell = self._cell(variant, runner, count)
             release()
             report(cell)
         del runner
         torch._dynamo.reset()
         release()
+
+    def _cell(self, variant: Variant, runner: Runner | str, tokens: int) -> Cell:
+        """runner: or the reason why there is none."""
+        blank = partial(Cell, self.layer.shape.title, variant.name, variant.format, tokens)
+        if isinstance(runner, str):
+            return blank(reason=runner)
+        try:
+            return blank(**self._measure(variant, runner, tokens))
+        except Exception as error:
+            return blank(reason=_reason(error))
 
     def _measure(self, variant: Variant, runner: Runner, tokens: int) -> dict[str, Any]:
         shape, device = self.layer.shape, self.layer.device

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,6 +18,26 @@ import fx_nvfp4
 from .shapes import Rates
 
 SCHEMA = 1  # of the file
+
+
+def _environment() -> dict[str, str]:
+    """Versions and the date."""
+    packages = ("triton", "transformers", "vllm", "triton_kernels")
+    return {
+        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "python": platform.python_version(),
+        "fx_nvfp4": fx_nvfp4.__version__,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda or "",
+        **{name: _version(name) for name in packages},
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 @dataclass(frozen=True)
@@ -63,29 +82,9 @@ class Run:
     device: str
     at_start: Rates
     cells: list[Cell] = field(default_factory=list)
-    environment: Mapping[str, str] = field(default_factory=lambda: environment())
+    environment: Mapping[str, str] = field(default_factory=_environment)
 
     def save(self, file: str | Path) -> None:
         """As JSON."""
         raw = {"schema": SCHEMA, **dataclasses.asdict(self)}
         Path(file).write_text(json.dumps(raw, indent=1) + "\n")
-
-
-def environment() -> dict[str, Any]:
-    """Versions and the date."""
-    packages = ("triton", "transformers", "vllm", "triton_kernels")
-    return {
-        "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "python": platform.python_version(),
-        "fx_nvfp4": fx_nvfp4.__version__,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda or "",
-        **{name: _version(name) for name in packages},
-    }
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return ""

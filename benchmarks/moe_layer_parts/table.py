@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from .results import Cell
 from .variants import Variant
 
+Places = dict[tuple[str, int], Cell]  # by name of the variant and number of tokens
+
 
 def render(cells: Sequence[Cell], variants: Sequence[Variant]) -> str:
     """Rows are numbers of tokens; times are microseconds, rounded to three digits."""
@@ -19,9 +21,6 @@ def render(cells: Sequence[Cell], variants: Sequence[Variant]) -> str:
     lines = [_line(row) for row in zip(*map(_padded, flat), strict=True)]
     rule = "|" + "|".join("-" * (len(column[0]) + 1) + ":" for column in map(_padded, flat)) + "|"
     return "\n".join([lines[0], rule, *lines[1:], "", *_notes(cells, variants)]).rstrip()
-
-
-Places = dict[tuple[str, int], Cell]
 
 
 def _column(variant: Variant, cells: Places, tokens: Sequence[int]) -> list[list[str]]:

@@ -1,4 +1,8 @@
-"""The layer in vLLM: its NVFP4 emulation, Marlin on NVFP4 weights, and its fused MoE on bf16 weights (0.33's names)."""
+"""The layer in vLLM: its NVFP4 emulation, Marlin on NVFP4 weights, and its fused MoE on bf16 weights (0.33's names).
+
+vLLM patches Inductor when it is imported, which is when its first variant is built: later shapes of the same run
+compile with that.
+"""
 
 from __future__ import annotations
 
