@@ -1,0 +1,1 @@
+"""The parts of moe_layer.py, each with one task."""
