@@ -1,7 +1,7 @@
-"""The routed block on a GPU with tiled weights (fx_nvfp4/prepack.py): four launches, or three for one token.
+"""The ops on a GPU with tiled weights (fx_nvfp4/prepack.py). The host never waits.
 
-Rows of x are rounded and permuted, slots are sorted into tiles, the up product leaves h rounded and permuted for the
-down product, and the weighted sum follows. The host never waits.
+A routed block is five launches, or three for one token: slots are sorted into tiles, rows of x are rounded and
+permuted, the up product leaves h rounded and permuted for the down product, and the weighted sum follows.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from .block import Block, Projection
 from .kernels import moe as moe_kernels
 from .kernels import tiled_moe as kernels
 from .kernels.entry import enter
-from .kernels.tile_config import TileConfigs, choose
-from .kernels.tile_table import sort_into_tiles
+from .kernels.grouped import row_groups
+from .kernels.tile_config import TileConfigs, by_load, choose
+from .kernels.tile_table import batches_in_tiles, sort_into_tiles
 from .kernels.tiled_moe import Routing, Rows, TiledOperand
 from .reference import Activations
 
@@ -42,7 +43,7 @@ def moe(x: Tensor, ids: Tensor, weights: Tensor, block: Block, configs: TileConf
         return x.new_zeros(x.shape[0], block.down.global_scale.shape[1])
     if configs is None:
         configs = choose(ids.shape[0], ids.shape[1], block.experts)
-    slots = Slots(ids, weights, block.experts)
+    slots = Slots(ids.contiguous(), weights, block.experts)
     routing = _route(slots, configs)
     permute = not configs.direct
     apart = block.rows_apart
@@ -70,8 +71,45 @@ def moe(x: Tensor, ids: Tensor, weights: Tensor, block: Block, configs: TileConf
     return moe_kernels.combine(y, ids, weights if block.weighted == "output" else None, block.experts)
 
 
+def linear(x: Tensor, words: Tensor, scales: Tensor, global_scale: Tensor, act: Activations) -> Tensor:
+    """x [.., K] by one weight [N, K] -> [.., N]."""
+    rows = x.reshape(-1, x.shape[-1])
+    weight = TiledOperand(words.unsqueeze(0), scales.unsqueeze(0), global_scale.unsqueeze(0), None)
+    config = by_load(len(rows))
+    table = batches_in_tiles(1, len(rows), config.largest, x.device)
+    # The activations' scale is one for all, so nobody asks whose rows they are.
+    entered = _enter(rows, act, Slots(table[:0], table[:0], 1), None, False, True)
+    return kernels.down(entered, weight, Routing(table, len(rows)), config).view(*x.shape[:-1], weight.n)
+
+
+def batched(x: Tensor, words: Tensor, scales: Tensor, global_scale: Tensor, act: Activations) -> Tensor:
+    """x [E, M, K] by the weight of each expert -> [E, M, N]."""
+    experts, rows, k = x.shape
+    config = by_load(rows)
+    table = batches_in_tiles(experts, rows, config.largest, x.device)
+    ids = torch.arange(experts, device=x.device).repeat_interleave(rows).unsqueeze(1) if act.needs_experts else table
+    entered = _enter(x.reshape(-1, k), act, Slots(ids, ids, experts), None, act.needs_experts, True)
+    y = kernels.down(entered, TiledOperand(words, scales, global_scale, None), Routing(table, experts * rows), config)
+    return y.view(experts, rows, -1)
+
+
+def indexed(x: Tensor, words: Tensor, scales: Tensor, global_scale: Tensor, ids: Tensor, act: Activations) -> Tensor:
+    """Row s of x [S, K] by expert ids[s] -> [S, N]; rows of nobody come out as zeros."""
+    weight = TiledOperand(words, scales, global_scale, None)
+    slots = Slots(ids.unsqueeze(1), ids.unsqueeze(1), len(words))
+    config = by_load(len(x) / len(words))
+    routing = Routing(sort_into_tiles(slots.ids, len(words), config.largest), len(x))
+    entered = _enter(x, act, slots, None, act.needs_experts, True)
+    return kernels.down(entered, weight, routing, config, everyone=False)
+
+
+def grouped(x: Tensor, words: Tensor, scales: Tensor, global_scale: Tensor, offs: Tensor, act: Activations) -> Tensor:
+    """Rows of x [S, K] sorted by expert, expert e's ending at offs[e] -> [S, N]; rows past offs[-1] are zeros."""
+    return indexed(x, words, scales, global_scale, row_groups(offs, len(x)), act)
+
+
 def _route(slots: Slots, configs: TileConfigs) -> Routing:
-    ids = slots.ids.contiguous()
+    ids = slots.ids
     table = ids.reshape(-1) if configs.direct else sort_into_tiles(ids, slots.experts, configs.up.largest)
     return Routing(table, ids.numel())
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from fx_nvfp4 import block as plain
-from fx_nvfp4 import gpu_tiled
+from fx_nvfp4 import gpu_tiled, reference
 from fx_nvfp4.activation import parse
 from fx_nvfp4.block import Block, Projection
 from fx_nvfp4.kernels.tile_config import TileConfig, TileConfigs
+from fx_nvfp4.kernels.tile_table import sort_into_tiles
 from fx_nvfp4.prepack import prepack
 from fx_nvfp4.reference import Activations
 
@@ -123,3 +124,72 @@ def test_every_configuration_with_uneven_experts(config, sizes, device):
     ids[60:, 1] = -1
     x = torch.randn(tokens, sizes[0], device=device).half()
     check(block, x, ids, weights, TileConfigs(config, config))
+
+
+STATIC, DYNAMIC = "static", "dynamic"
+
+
+def activations(mode: str, dialect: str, per_expert: bool, experts: int, device: str) -> Activations:
+    if mode != STATIC:
+        return Activations(mode, None, dialect)
+    scale = torch.rand(experts if per_expert else (), dtype=torch.float64, device=device) * 1e-3 + 5e-4
+    return Activations(mode, scale, dialect)
+
+
+@pytest.mark.parametrize("mode", [STATIC, DYNAMIC])
+@pytest.mark.parametrize("dialect", ["hardware", "vllm"])
+@pytest.mark.parametrize("per_expert", [False, True])
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_activations_are_rounded_as_the_plain_block_rounds_them(mode, dialect, per_expert, tokens, device):
+    act = activations(mode, dialect, per_expert, 4, device)
+    block = make(device=device, hidden=128, inner=128, act=act)
+    x = torch.randn(tokens, 128, device=device).bfloat16()
+    check(block, x, *routing(tokens, 2, 4, device))
+
+
+def test_gate_and_up_with_activation_scales_of_their_own(device):
+    block = make("separate", device=device, hidden=128, inner=64)
+    acts = [activations(STATIC, "hardware", True, 4, device) for _ in range(2)]
+    up = tuple(dataclasses.replace(p, act=act) for p, act in zip(block.up, acts, strict=True))
+    x = torch.randn(6, 128, device=device).bfloat16()
+    check(dataclasses.replace(block, up=up), x, *routing(6, 2, 4, device))
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_routing_weights_on_the_input(tokens, device):
+    block = make(device=device, weighted="input", act=activations(STATIC, "hardware", True, 4, device))
+    x = torch.randn(tokens, 128, device=device).half()
+    check(block, x, *routing(tokens, 1, 4, device))
+
+
+@pytest.mark.parametrize("mode", ["none", STATIC, DYNAMIC])
+@pytest.mark.parametrize("op", ["linear", "batched", "indexed", "grouped"])
+def test_products_of_other_ops(op, mode, device):
+    act = activations(mode, "hardware", op != "linear", 3, device)
+    p = projection(3, 64, 192, device)
+    if op == "linear":
+        p = dataclasses.replace(p, qdata=p.qdata[0], block_scale=p.block_scale[0], global_scale=p.global_scale[0])
+    x = torch.randn(*((3, 7) if op == "batched" else (21,)), 192, device=device).bfloat16()
+    extra = {
+        "indexed": (torch.randint(-1, 4, (21,), device=device),),
+        "grouped": (torch.tensor([4, 4, 18], dtype=torch.int32, device=device),),
+    }.get(op, ())
+    expected = getattr(reference, op)(x, *p.weight, *extra, act)
+    torch.full((64, 64), float("nan"), dtype=x.dtype, device=device)
+    out = getattr(gpu_tiled, op)(x, *tiled(p).weight, *extra, act)
+    torch.testing.assert_close(out, expected, rtol=2e-2, atol=1e-2)
+    assert torch.equal(out == 0, expected == 0)
+
+
+@pytest.mark.parametrize("experts", [3, 130])
+@pytest.mark.parametrize("tokens", [1, 200, 3000])
+def test_table_names_every_slot_once_in_rising_order(tokens, experts, device):
+    """3,000 tokens of two slots are more than one launch sorts."""
+    ids = torch.randint(-1, experts + 1, (tokens, 2), device=device)
+    table = sort_into_tiles(ids, experts, 16).cpu()
+    found: dict[int, list[int]] = {}
+    for expert, count, *rest in table.tolist():
+        found.setdefault(expert if count else -1, []).extend(rest[2 : 2 + count])
+    flat = ids.cpu().flatten()
+    for e in range(experts):
+        assert found.get(e, []) == (flat == e).nonzero().flatten().tolist()

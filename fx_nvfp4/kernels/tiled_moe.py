@@ -202,7 +202,8 @@ def tiled_up_kernel(
         words += tl.where(row_tile < R // 2, distance(gate_words_ptr, words_ptr, 4), 0)
         scales += tl.where(row_tile < R // 2, distance(gate_scales_ptr, scales_ptr, 2), 0)
     if PDL and not DIRECT:
-        prefetch(words, PREFETCHED)
+        if PREFETCHED:
+            prefetch(words, PREFETCHED)
         wait_for_inputs(PDL)
     factor = FACTOR
     if in_scale_ptr is not None:
@@ -343,7 +344,8 @@ def tiled_down_kernel(
     words = words_ptr + (expert * stride_we + own * (K * 2))
     scales = scales_ptr + (expert * (stride_we // 4) + own * (K // 2))
     if PDL:
-        prefetch(words, PREFETCHED)
+        if PREFETCHED:
+            prefetch(words, PREFETCHED)
         wait_for_inputs(PDL)
     factor = FACTOR
     if in_scale_ptr is not None:
@@ -512,14 +514,17 @@ def up(
     return out
 
 
-def down(rows: Rows, weight: TiledOperand, routing: Routing, config: TileConfig) -> Tensor:
-    """Row s of x [slots, K] by the expert of slot s -> [slots, N]; slots of nobody are not written.
+def down(rows: Rows, weight: TiledOperand, routing: Routing, config: TileConfig, everyone: bool = True) -> Tensor:
+    """Row s of x [slots, K] by the expert of slot s -> [slots, N].
 
     As :func:`up` this reads the table before the kernel that was launched last has ended.
+
+    Args:
+        everyone: every slot has an expert, or what the others get does not matter; else they get zeros.
     """
     x = rows.x
     weight.check(x)
-    out = x.new_empty(routing.slots, weight.n)
+    out = x.new_empty(routing.slots, weight.n) if everyone else x.new_zeros(routing.slots, weight.n)
     if out.numel() == 0:
         return out
     parts = triton.cdiv(weight.n, config.rows)
