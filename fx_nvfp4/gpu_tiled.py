@@ -17,7 +17,7 @@ from .kernels import moe as moe_kernels
 from .kernels import tiled_moe as kernels
 from .kernels.entry import enter
 from .kernels.grouped import row_groups
-from .kernels.tile_config import TileConfigs, by_load, choose
+from .kernels.tile_config import TileConfigs, by_load, choose, target_of
 from .kernels.tile_table import batches_in_tiles, sort_into_tiles
 from .kernels.tiled_moe import Routing, Rows, TiledOperand
 from .reference import Activations
@@ -42,7 +42,7 @@ def moe(x: Tensor, ids: Tensor, weights: Tensor, block: Block, configs: TileConf
     if ids.numel() == 0:
         return x.new_zeros(x.shape[0], block.down.global_scale.shape[1])
     if configs is None:
-        configs = choose(ids.shape[0], ids.shape[1], block.experts)
+        configs = choose(ids.shape[0], ids.shape[1], block.experts, target_of(x))
     slots = Slots(ids.contiguous(), weights, block.experts)
     routing = _route(slots, configs)
     permute = not configs.direct
@@ -75,7 +75,7 @@ def linear(x: Tensor, words: Tensor, scales: Tensor, global_scale: Tensor, act: 
     """x [.., K] by one weight [N, K] -> [.., N]."""
     rows = x.reshape(-1, x.shape[-1])
     weight = TiledOperand(words.unsqueeze(0), scales.unsqueeze(0), global_scale.unsqueeze(0), None)
-    config = by_load(len(rows))
+    config = by_load(len(rows), target_of(x))
     table = batches_in_tiles(1, len(rows), config.largest, x.device)
     # The activations' scale is one for all, so nobody asks whose rows they are.
     entered = _enter(rows, act, Slots(table[:0], table[:0], 1), None, False, True)
@@ -85,7 +85,7 @@ def linear(x: Tensor, words: Tensor, scales: Tensor, global_scale: Tensor, act: 
 def batched(x: Tensor, words: Tensor, scales: Tensor, global_scale: Tensor, act: Activations) -> Tensor:
     """x [E, M, K] by the weight of each expert -> [E, M, N]."""
     experts, rows, k = x.shape
-    config = by_load(rows)
+    config = by_load(rows, target_of(x))
     table = batches_in_tiles(experts, rows, config.largest, x.device)
     ids = torch.arange(experts, device=x.device).repeat_interleave(rows).unsqueeze(1) if act.needs_experts else table
     entered = _enter(x.reshape(-1, k), act, Slots(ids, ids, experts), None, act.needs_experts, True)
@@ -97,7 +97,7 @@ def indexed(x: Tensor, words: Tensor, scales: Tensor, global_scale: Tensor, ids:
     """Row s of x [S, K] by expert ids[s] -> [S, N]; rows of nobody come out as zeros."""
     weight = TiledOperand(words, scales, global_scale, None)
     slots = Slots(ids.unsqueeze(1), ids.unsqueeze(1), len(words))
-    config = by_load(len(x) / len(words))
+    config = by_load(len(x) / len(words), target_of(x))
     routing = Routing(sort_into_tiles(slots.ids, len(words), config.largest), len(x))
     entered = _enter(x, act, slots, None, act.needs_experts, True)
     return kernels.down(entered, weight, routing, config, everyone=False)

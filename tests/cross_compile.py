@@ -1,13 +1,12 @@
 """Compiles the kernels for GPUs that need not be present, and prints what the compilers say as one JSON list.
 
-    python tests/cross_compile.py [--full | --prepacked] [--targets 90 gfx942 ...]
+    python tests/cross_compile.py [--full] [--tiled] [--targets 90 gfx942 ...]
 
 Run it in a process of its own: where TRITON_INTERPRET is set, kernels are decorated for the interpreter and cannot be
 compiled.
 """
 
 import argparse
-import itertools
 import json
 import re
 import subprocess
@@ -37,7 +36,6 @@ from fx_nvfp4.kernels.config import (
 )
 from fx_nvfp4.kernels.dequantize import dequantize_kernel
 from fx_nvfp4.kernels.fake_quantize import fake_quantize_kernel
-from fx_nvfp4.kernels.fragments import decode_form, prepacked_product_kernel
 from fx_nvfp4.kernels.grouped import grouped_kernel
 from fx_nvfp4.kernels.indexed import indexed_kernel
 from fx_nvfp4.kernels.input_grad import SPLIT_BLOCK, input_grad_kernel, split_grad_kernel
@@ -82,22 +80,14 @@ def kernel_calls(dtype: str, rows: int, hip: bool) -> dict[str, tuple[Any, dict[
     }
 
 
-def prepacked_arguments(rows: int, target: GPUTarget) -> dict[str, Any]:
-    """Compile-time arguments of the product with prepacked weights, with the decoding that the target takes."""
-    form = decode_form(target.backend, target.arch if isinstance(target.arch, int) else 0)
-    if form == "plain":
-        # At a K step of 128 gfx950 spills with 64 rows of x.
-        return {"FORM": form, "BLOCK_N": 128, "BLOCK_T": rows, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2}
-    return {"FORM": form, "BLOCK_N": 128, "BLOCK_T": rows, "BLOCK_K": 128, "num_warps": 4, "num_stages": 3}
-
-
 def argument_type(name: str, dtype: str) -> str:
     """The Triton type of a run-time argument, by its name."""
     if not name.endswith("_ptr"):
         return "i32"
     bytes_and_indices = {"qdata_ptr": "u8", "block_scale_ptr": "u8", "offs_ptr": "i32", "ids_ptr": "i64"}
     bytes_and_indices.update(row_group_ptr="i64", order_ptr="i64", parts_ptr="bf16", before_ptr="i32", total_ptr="i32")
-    bytes_and_indices.update(words_ptr="i32", scales_ptr="u16")
+    bytes_and_indices.update(words_ptr="i32", scales_ptr="u16", table_ptr="i32", counts_ptr="i32")
+    bytes_and_indices.update(in_scale_ptr="fp64", h_scale_ptr="fp64")
     name = name.removeprefix("gate_")
     if name in ("x_ptr", "y_ptr", "out_ptr", "bias_ptr"):
         return f"*{dtype}"
@@ -110,7 +100,7 @@ def compile_kernel(kernel: Any, arguments: dict[str, Any], dtype: str, target: G
     options = {name: arguments.pop(name) for name in ("num_warps", "num_stages") if name in arguments}
     names = kernel.arg_names
     signature = {name: "constexpr" if name in arguments else argument_type(name, dtype) for name in names}
-    aligned = re.compile(r".*_ptr|stride_x.|stride_q.|K")
+    aligned = re.compile(r".*_ptr|stride_x.|stride_q.|stride_we|K")
     attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if aligned.fullmatch(name)}
     constants = {(names.index(name),): value for name, value in arguments.items()}
     return triton.compile(ASTSource(kernel, signature, constants, attrs), target=target, options=options)
@@ -171,17 +161,6 @@ def combinations(full: bool) -> Iterator[tuple[str, int, frozenset[str]]]:
     yield "bf16", ROWS[0], others
 
 
-def compile_prepacked(targets: list[str]) -> list[dict[str, Any]]:
-    """The product with prepacked weights; its left operand comes from registers, so it is not one of the others."""
-    results = []
-    for target_name, dtype, rows in itertools.product(targets, ("bf16", "fp16"), (16, 64)):
-        target = TARGETS[target_name]
-        compiled = compile_kernel(prepacked_product_kernel, prepacked_arguments(rows, target), dtype, target)
-        case = {"target": target_name, "kernel": "prepacked", "dtype": dtype, "rows": rows}
-        results.append({**case, "shared": compiled.metadata.shared, **describe(compiled, target)})
-    return results
-
-
 def compile_all(targets: list[str], full: bool) -> list[dict[str, Any]]:
     results = []
     for target_name in targets:
@@ -199,8 +178,12 @@ def compile_all(targets: list[str], full: bool) -> list[dict[str, Any]]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--full", action="store_true", help="every kernel in every dtype and tile")
-    parser.add_argument("--prepacked", action="store_true", help="only the kernels on prepacked weights")
+    parser.add_argument("--tiled", action="store_true", help="only the kernels on tiled weights")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
     options = parser.parse_args()
-    prepacked = options.prepacked
-    print(json.dumps(compile_prepacked(options.targets) if prepacked else compile_all(options.targets, options.full)))
+    if options.tiled:
+        from cross_compile_tiled import compile_tiled
+
+        print(json.dumps(compile_tiled(options.targets, options.full)))
+    else:
+        print(json.dumps(compile_all(options.targets, options.full)))

@@ -5,9 +5,8 @@ import torch
 import triton.language as tl
 from test_prepack import weight
 
-from fx_nvfp4.format import code_times_scale
-from fx_nvfp4.kernels.fragments import decode_form, decode_tiles_kernel, prepacked_product_kernel
-from fx_nvfp4.prepack import decode_tiles, permute_k, prepack
+from fx_nvfp4.kernels.fragments import decode_form, decode_tiles_kernel
+from fx_nvfp4.prepack import decode_tiles, prepack
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -33,20 +32,3 @@ FORMS = [
 @pytest.mark.parametrize(("target", "form"), FORMS)
 def test_one_function_chooses_the_form(target, form):
     assert decode_form(*target) == form
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("block_t", "block_k"), [(16, 128), (32, 64), (64, 128)])
-def test_product_of_prepacked_weights(block_t, block_k, dtype):
-    qdata, _ = weight(128, 256)
-    block_scale = torch.rand(128, 16).add(0.5).to(torch.float8_e4m3fn)
-    global_scale = torch.rand(128) + 0.5
-    x = torch.randn(block_t + 3, 256).to(dtype)
-    words, scales = prepack(qdata, block_scale)
-    out = torch.full((block_t + 3, 128), float("nan"), dtype=dtype)
-    prepacked_product_kernel[(2, 2)](
-        *(out, permute_k(x).contiguous(), words, scales.view(torch.uint16), global_scale, len(x), 128, 256, "plain"),
-        *(64, block_t, block_k),
-    )
-    expected = x.double() @ code_times_scale(qdata, block_scale).double().T * global_scale.double()
-    torch.testing.assert_close(out.double(), expected, rtol=2**-8, atol=1e-2)

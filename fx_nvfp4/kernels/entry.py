@@ -46,7 +46,7 @@ def entry_kernel(
     stride_xm,
     ids_ptr,
     weights_ptr,
-    act_scale_ptr,
+    in_scale_ptr,
     out_ptr,
     rows_per_x,
     slots,
@@ -57,7 +57,7 @@ def entry_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Row r of out from row r // rows_per_x of x; weights_ptr and act_scale_ptr are None where not wanted."""
+    """Row r of out from row r // rows_per_x of x; weights_ptr and in_scale_ptr are None where not wanted."""
     wait_for_inputs(PDL)
     blocks = tl.cdiv(K, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
@@ -66,14 +66,14 @@ def entry_kernel(
     x = tl.load(x_ptr + row // rows_per_x * stride_xm + column, mask=column < K, other=0.0)
     if weights_ptr is not None:
         x = (x.to(tl.float32) * tl.load(weights_ptr + row).to(tl.float32)).to(dtype)
-    if act_scale_ptr is not None:
+    if in_scale_ptr is not None:
         expert = 0
         if PER_EXPERT:
             # A slot of nobody is read by nobody; any scale will do.
             found = load_expert(ids_ptr, row, slots, E)
             expert = tl.where(found < E, found, 0)
         blocks_of_x = tl.reshape(x.to(tl.float32), (BLOCK // 16, 16))
-        x = tl.reshape(round_blocks(blocks_of_x, tl.load(act_scale_ptr + expert)), (BLOCK,)).to(dtype)
+        x = tl.reshape(round_blocks(blocks_of_x, tl.load(in_scale_ptr + expert)), (BLOCK,)).to(dtype)
     if PERMUTE:
         x = tl.reshape(permute_chunks(tl.reshape(x, (1, BLOCK)), 1, BLOCK), (BLOCK,))
     tl.store(out_ptr + row * K + column, x, mask=column < K)

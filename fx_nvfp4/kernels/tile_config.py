@@ -1,10 +1,17 @@
 """Tile sizes and launch parameters of the kernels on tiled weights."""
 
+import math
 from dataclasses import dataclass
+from functools import cache
+from typing import Literal
 
 import torch
 import triton
 from packaging import version
+from torch import Tensor
+
+# Hopper has matrix units of its own kind, whose left operand may come from registers.
+Target = Literal["hopper", "cuda", "hip"]
 
 
 @dataclass(frozen=True)
@@ -63,26 +70,53 @@ class TileConfigs:
     direct: bool = False
 
 
-def choose(tokens: int, top: int, experts: int) -> TileConfigs:
+def target_of(tensor: Tensor) -> Target:
+    """The kind of GPU that a tensor is on; for the interpreter any will do."""
+    return _target_of_device(tensor.device.index or 0) if tensor.is_cuda else "hopper"
+
+
+@cache
+def _target_of_device(device: int) -> Target:
+    if torch.version.hip is not None:
+        return "hip"
+    return "hopper" if torch.cuda.get_device_capability(device)[0] == 9 else "cuda"
+
+
+def choose(tokens: int, top: int, experts: int, target: Target) -> TileConfigs:
     """For a routed block."""
     if tokens == 1:
-        few = TileConfig(32, 8, 8, 256, num_warps=2, num_stages=4)
-        return TileConfigs(few, few, direct=True)
-    config = by_load(tokens * top / experts)
+        return TileConfigs(_ONE_TOKEN[target], _ONE_TOKEN[target], direct=True)
+    config = by_load(tokens * top / experts, target)
     return TileConfigs(config, config)
 
 
-def by_load(each: float, hip: bool | None = None) -> TileConfig:
-    """For experts that are expected to see so many slots each. Measured on an H100 with Triton 3.6."""
-    if hip is None:
-        hip = torch.version.hip is not None
-    if hip:
-        # 64 KB of shared memory, and nothing measured.
-        return TileConfig(128, 16, 16 if each <= 5 else 32 if each <= 24 else 64, 64, num_warps=4, num_stages=2)
-    if each <= 5:
-        return TileConfig(128, 16, 16, 128, num_warps=4, num_stages=4)
-    if each <= 24:
-        return TileConfig(128, 16, 32, 128, num_warps=4, num_stages=4)
-    if each <= 48:
-        return TileConfig(128, 16, 64, 128, num_warps=4, num_stages=3, at_once=8)
-    return TileConfig(128, 16, 128, 64, num_warps=4, num_stages=3, at_once=8)
+def by_load(each: float, target: Target) -> TileConfig:
+    """For experts that are expected to see so many slots each."""
+    return next(config for most, config in _BY_LOAD[target] if each <= most)
+
+
+_ONE_TOKEN = {
+    "hopper": TileConfig(32, 8, 8, 256, num_warps=2, num_stages=4),
+    "cuda": TileConfig(32, 8, 8, 256, num_warps=2, num_stages=3),
+    "hip": TileConfig(32, 16, 16, 64, num_warps=2, num_stages=2),
+}
+# Slots of an expert up to which a configuration is taken. Hopper's are the fastest of those tried on an H100 with
+# Triton 3.6; nobody has timed the others, which are the largest that spill no registers.
+_BY_LOAD: dict[Target, tuple[tuple[float, TileConfig], ...]] = {
+    "hopper": (
+        (5, TileConfig(128, 16, 16, 128, num_warps=4, num_stages=4)),
+        (24, TileConfig(128, 16, 32, 128, num_warps=4, num_stages=4)),
+        (48, TileConfig(128, 16, 64, 128, num_warps=4, num_stages=3, at_once=8)),
+        (math.inf, TileConfig(128, 16, 128, 64, num_warps=4, num_stages=3, at_once=8)),
+    ),
+    "cuda": (
+        (5, TileConfig(64, 16, 16, 128, num_warps=4, num_stages=3)),
+        (24, TileConfig(64, 16, 32, 128, num_warps=4, num_stages=3)),
+        (math.inf, TileConfig(64, 16, 64, 64, num_warps=4, num_stages=3, at_once=8)),
+    ),
+    "hip": (
+        (5, TileConfig(64, 16, 16, 64, num_warps=4, num_stages=2)),
+        (24, TileConfig(64, 16, 32, 64, num_warps=4, num_stages=2)),
+        (math.inf, TileConfig(64, 16, 64, 64, num_warps=4, num_stages=2, at_once=8)),
+    ),
+}

@@ -79,7 +79,7 @@ def up_tile(
     global_scale_ptr,
     bias_ptr,
     factor,
-    out_scale_ptr,
+    h_scale_ptr,
     output,
     slots_per_row,
     N,
@@ -121,15 +121,15 @@ def up_tile(
     up = scaled(up, scale, bias_ptr, stride_bn, output, N, dtype)
     if GATED:
         gate = scaled(gate, gate_scale, gate_bias_ptr, stride_bn, output, N, dtype)
-        rows = leave(ACTIVATION(gate, up), out_scale_ptr, PERMUTE_H, dtype)
+        rows = leave(ACTIVATION(gate, up), h_scale_ptr, PERMUTE_H, dtype)
     else:
-        rows = leave(ACTIVATION(up, up), out_scale_ptr, PERMUTE_H, dtype)
+        rows = leave(ACTIVATION(up, up), h_scale_ptr, PERMUTE_H, dtype)
     column = permuted(output) if PERMUTE_H and output.shape[0] % 64 != 0 else output
     tl.store(out_ptr + slots[:, None] * N + column[None, :], rows, mask=mask[:, None] & (output < N)[None, :])
 
 
 # Numbers that change from call to call must not lead to new compilations.
-@triton.jit(do_not_specialize=["tiles", "parts", "slots_per_row", "experts", "stride_ie", "stride_oe"])
+@triton.jit(do_not_specialize=["tiles", "parts", "slots_per_row", "experts", "stride_ie", "stride_he"])
 def tiled_up_kernel(
     table_ptr,
     out_ptr,
@@ -143,7 +143,7 @@ def tiled_up_kernel(
     global_scale_ptr,
     bias_ptr,
     in_scale_ptr,
-    out_scale_ptr,
+    h_scale_ptr,
     tiles,
     parts,
     slots_per_row,
@@ -156,7 +156,7 @@ def tiled_up_kernel(
     stride_be,
     stride_bn,
     stride_ie,
-    stride_oe,
+    stride_he,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
@@ -208,8 +208,8 @@ def tiled_up_kernel(
     factor = FACTOR
     if in_scale_ptr is not None:
         factor *= tl.load(in_scale_ptr + expert * stride_ie).to(tl.float32)
-    if out_scale_ptr is not None:
-        out_scale_ptr += expert * stride_oe
+    if h_scale_ptr is not None:
+        h_scale_ptr += expert * stride_he
     global_scale_ptr += expert * stride_ge
     if GATED:
         gate_global_scale_ptr += expert * stride_ge
@@ -235,7 +235,7 @@ def tiled_up_kernel(
                 global_scale_ptr,
                 bias_ptr,
                 factor,
-                out_scale_ptr,
+                h_scale_ptr,
                 output,
                 slots_per_row,
                 N,

@@ -1,0 +1,66 @@
+"""The kernels on tiled weights in the configurations that are chosen, compiled as tests/cross_compile.py compiles."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from cross_compile import TARGETS, compile_kernel, describe
+from triton.backends.compiler import GPUTarget
+
+from fx_nvfp4.activation import parse
+from fx_nvfp4.kernels.activation import compile_activation
+from fx_nvfp4.kernels.config import ENTRY_BLOCK, TABLE_BLOCK, TABLE_COUNTED, TABLE_SLOTS_AT_ONCE
+from fx_nvfp4.kernels.entry import entry_kernel
+from fx_nvfp4.kernels.fragments import decode_form
+from fx_nvfp4.kernels.tile_config import Target, TileConfig, by_load, choose
+from fx_nvfp4.kernels.tile_table import (
+    count_blocks_kernel,
+    table_kernel,
+    table_of_batches_kernel,
+    table_of_counts_kernel,
+)
+from fx_nvfp4.kernels.tiled_moe import tiled_down_kernel, tiled_up_kernel
+
+LOADS = (1, 10, 40, 200)
+QUICK_LOADS = (1, 200)
+GROUPS = 256
+
+
+def product_constants(target: GPUTarget, config: TileConfig, direct: bool) -> dict[str, Any]:
+    form = decode_form(target.backend, target.arch if isinstance(target.arch, int) else 0)
+    pdl = target.backend == "cuda" and target.arch >= 90
+    constants = {"PERMUTED": not direct, "DIRECT": direct, "FORM": form, "MASKED": False, "WAIT": False}
+    return {**constants, "PREFETCHED": config.prefetched, "PDL": pdl, **config.meta()}
+
+
+def products(target: GPUTarget, config: TileConfig, direct: bool) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    constants = product_constants(target, config, direct)
+    silu = compile_activation(parse("silu(g) * u").to_triton())
+    gated = {"ACTIVATION": silu, "GATED": True, "INTERLEAVED": False, "PERMUTE_H": not direct}
+    yield "tiled up", tiled_up_kernel, {**constants, **gated}
+    yield "tiled down", tiled_down_kernel, constants
+
+
+def others(target: GPUTarget) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    pdl = target.backend == "cuda" and target.arch >= 90
+    table = {"BLOCK": TABLE_BLOCK, "GROUPS": GROUPS, "PDL": pdl}
+    yield "table", table_kernel, {**table, "TOKENS": 16, "SLOTS": TABLE_SLOTS_AT_ONCE}
+    yield "count blocks", count_blocks_kernel, {**table, "BLOCK": TABLE_COUNTED}
+    yield "table of counts", table_of_counts_kernel, {**table, "TOKENS": 128, "STEP": 4096 // GROUPS}
+    yield "table of batches", table_of_batches_kernel, {"TOKENS": 64, "PDL": pdl}
+    yield "entry", entry_kernel, {"PER_EXPERT": True, "PERMUTE": True, "BLOCK": ENTRY_BLOCK, "PDL": pdl}
+
+
+def compile_tiled(targets: list[str], full: bool) -> list[dict[str, Any]]:
+    results = []
+    for name in targets:
+        target = TARGETS[name]
+        kind: Target = "hip" if target.backend == "hip" else "hopper" if target.arch == 90 else "cuda"
+        chosen = [(f"{load} slots an expert", by_load(load, kind), False) for load in (LOADS if full else QUICK_LOADS)]
+        chosen.append(("one token", choose(1, 8, 128, kind).up, True))
+        for dtype in ("bf16", "fp16") if full else ("bf16",):
+            calls = [(f"{k}, {what}", *rest) for what, *c in chosen for k, *rest in products(target, *c)]
+            for kernel, function, constants in (*calls, *others(target)):
+                compiled = compile_kernel(function, constants, dtype, target)
+                case = {"target": name, "kernel": kernel, "dtype": dtype, "shared": compiled.metadata.shared}
+                results.append({**case, **describe(compiled, target)})
+    return results
