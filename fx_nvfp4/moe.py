@@ -7,7 +7,8 @@ x [T, K] float32, bfloat16 or float16; ids int32 or int64 [T, A]; weights floati
 :mod:`fx_nvfp4.ops`, in either layout: up, one or two, [E, N, K]; down [E, H, I]. ``layout`` says how up's N rows hold
 gate and up: "concatenated" (gate rows first), "interleaved" (row by row), "plain" (no gate), "separate" (two weights,
 gate first). ``activation`` is an expression, see :mod:`fx_nvfp4.activation`. Biases [E, N] and [E, H], static
-activation scales float64 [] or [E]. ``weighted`` is "output", or "input" where x is multiplied, and rounded, before the up product.
+activation scales float64 [] or [E]. ``weighted`` is "output", or "input" where x is multiplied, and rounded, before
+the up product.
 
 The result [T, H] has x's dtype. So do, rounded, the products, their sums with the bias, and h; the activation and the
 weighted sum are fp32. Dynamic activations take one scale for all rows of an expert in the call.

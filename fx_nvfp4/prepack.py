@@ -76,10 +76,9 @@ def prepack(qdata: Tensor, block_scale: Tensor, name: str = "weight") -> tuple[T
         ValueError: as :func:`check_suited`.
     """
     check_suited(qdata, block_scale, name)
-    *lead, n, half = qdata.shape
-    tiles = (*lead, n // TILE_ROWS, 2 * half // TILE_K, 32)
-    words = torch.empty((*tiles, 4), dtype=torch.int32, device=qdata.device)
-    scales = torch.empty((*tiles, 2), dtype=torch.uint8, device=qdata.device)
+    shapes = tiled_shapes(qdata)
+    words = torch.empty(shapes[0], dtype=torch.int32, device=qdata.device)
+    scales = torch.empty(shapes[1], dtype=torch.uint8, device=qdata.device)
     write_tiles(qdata, block_scale, words, scales)
     return words, scales
 
@@ -96,6 +95,13 @@ def unpack_tiles(words: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
         codes.copy_(pack(_from_tiles(_unshuffle(some_words))).view(codes.shape))
         scale.copy_(_lookup(_CANONICAL, _scales_by_row(some_scales)).view(scale.shape))
     return qdata, raw.view(torch.float8_e4m3fn)
+
+
+def tiled_shapes(qdata: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of the words and scales that codes [..., N, K/2] become."""
+    *lead, n, half = qdata.shape
+    tiles = (*lead, n // TILE_ROWS, 2 * half // TILE_K, 32)
+    return (*tiles, 4), (*tiles, 2)
 
 
 def check_suited(qdata: Tensor, block_scale: Tensor, name: str = "weight") -> None:

@@ -94,6 +94,7 @@ def to_torchao(weight: NVFP4Weight) -> Tensor:
     """See :meth:`NVFP4Weight.to_torchao`."""
     from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, QuantizeTensorToNVFP4Kwargs
 
+    weight = weight.canonical()
     if weight.transposed or weight.expert_ids is not None:
         raise ValueError("to_torchao: convert the stored weight, not a transposed or indexed view of it")
     first = weight.global_scale[..., :1]

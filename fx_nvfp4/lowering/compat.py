@@ -282,6 +282,12 @@ def uncompiled(model: torch.nn.Module) -> Iterator[None]:
             module.forward = forward
 
 
+def storage_users(tensor: Tensor) -> int:
+    """How many tensors have their elements in the memory of this one, itself included."""
+    storage = tensor.untyped_storage()
+    return torch._C._storage_Use_Count(storage._cdata) - 1  # the variable here is a user too
+
+
 def is_real(tensor: object) -> bool:
     """Whether a graph input holds values: compiling ahead of time passes fake ones."""
     return isinstance(tensor, Tensor) and not isinstance(tensor, torch._subclasses.FakeTensor)
