@@ -267,7 +267,7 @@ class NVFP4Weight(TorchAOBaseTensor):
             global_scale = torch.where(amax > 0, amax / nvfp4.TWO_LEVEL_MAX, 1.0)
         global_scale = global_scale.float().expand(weight.shape[:-1]).contiguous()
         qdata, block_scale = nvfp4.quantize(weight.detach(), global_scale.unsqueeze(-1), dialect)
-        return cls(qdata, block_scale, global_scale, weight.dtype, activations, dialect, act_scale=act_scale)
+        return cls(qdata, block_scale.detach(), global_scale, weight.dtype, activations, dialect, act_scale=act_scale)
 
     @classmethod
     def from_torchao(cls, weight: Tensor) -> NVFP4Weight:

@@ -32,15 +32,9 @@ def tile_(w: NVFP4Weight, name: str) -> NVFP4Weight:
     with torch.no_grad(), torch.inference_mode(w.qdata.is_inference()):
         words, scales = _reinterpreted(w)
         write_tiles(w.qdata, w.block_scale, words, scales)
-    w.qdata, w.block_scale = words, scales
+        # The parts stay the objects that they are, so that weights which share them change alike.
+        w.qdata.data, w.block_scale.data = words, scales
     return w
-
-
-def tile_fake_(w: NVFP4Weight) -> None:
-    """What :func:`tile_` does to the weight that a fake one stands for."""
-    words, scales = tiled_shapes(w.qdata)
-    w.qdata = w.qdata.new_empty(words, dtype=torch.int32)
-    w.block_scale = w.block_scale.new_empty(scales, dtype=torch.uint8)
 
 
 def _check_own(what: str, part: Tensor) -> None:
@@ -50,7 +44,7 @@ def _check_own(what: str, part: Tensor) -> None:
             f"tile_: {what} are {list(part.shape)} with strides {part.stride()}, expected contiguous and aligned to "
             f"{_ALIGNMENT} bytes; clone the weight first"
         )
-    others = compat.storage_users(part) - 1
+    others = compat.other_users(part)
     if others:
         raise ValueError(
             f"tile_: {what} share their memory with {others} other tensor(s), which would change too; "

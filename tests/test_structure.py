@@ -29,6 +29,7 @@ ALLOWED = {
     "tensor": {"format", "dialects", "layouts", "ops", "tiling", "torchao_interop"},
     "torchao_interop": {"format", "tensor"},
     "tiling": {"layouts", "lowering", "prepack", "tensor"},
+    "tile_inputs": {"layouts", "lowering", "report", "tensor"},
     "parts": {"layouts", "prepack", "tensor"},
     "regroup": {"layouts", "parts", "prepack", "tensor"},
     "views": {"format", "layouts", "parts", "prepack", "regroup", "tensor"},
@@ -64,7 +65,7 @@ ALLOWED = {
     "graph_breaks": {"lowering", "report"},
     "backend": {
         *("debug_files", "kernel_choice", "lowering", "passes", "report", "tables"),
-        *("tensor", "torchao_dispatch", "torchao_interop"),
+        *("tensor", "tile_inputs", "torchao_dispatch", "torchao_interop"),
     },
     "explain": {
         *("backend", "graph_breaks", "lowering", "preparation", "report", "tensor", "torchao_interop"),
