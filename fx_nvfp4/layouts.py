@@ -40,8 +40,8 @@ def check_packed(qdata: Tensor, block_scale: Tensor) -> None:
     """Raise ValueError unless codes and block scales have the dtypes and fitting shapes of either layout."""
     if not is_tiled(qdata):
         if qdata.dtype != torch.uint8:
-            tiles = "int32 words [.., N/16, K/64, 32, 4] are expected of tiles"
-            raise ValueError(f"packed codes: expected uint8, got {_describe(qdata)}; {tiles}")
+            words = "tiles have int32 words [.., N/16, K/64, 32, 4]"
+            raise ValueError(f"packed codes: expected uint8, got {_describe(qdata)}; {words}")
         nvfp4.check_packed(qdata, block_scale)
         return
     tiles = tuple(qdata.shape[:-2])
