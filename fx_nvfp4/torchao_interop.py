@@ -55,7 +55,7 @@ def from_torchao_parts(
     [] or [E, 1, 1] (multipliers, fp32); act_per_tensor_scale None or [] (None: no second level, which is 1).
     """
     scale = _unswizzled(qdata, scale) if swizzled else scale
-    scale = scale.contiguous().view(*qdata.shape[:-1], -1)
+    scale = scale.contiguous().view(*qdata.shape[:-1], -1).detach()
     global_scale = torch.ones((), device=qdata.device) if per_tensor_scale is None else per_tensor_scale.float()
     global_scale = global_scale.squeeze(-1) if global_scale.dim() == 3 else global_scale
     activations, act_scale = "none", None

@@ -29,6 +29,7 @@ ALLOWED = {
     "tensor": {"format", "dialects", "layouts", "ops", "tiling", "torchao_interop"},
     "torchao_interop": {"format", "tensor"},
     "tiling": {"layouts", "lowering", "prepack", "tensor"},
+    "prepack_model": {"layouts", "tensor"},
     "tile_inputs": {"layouts", "lowering", "report", "tensor"},
     "parts": {"layouts", "prepack", "tensor"},
     "regroup": {"layouts", "parts", "prepack", "tensor"},
@@ -71,7 +72,7 @@ ALLOWED = {
         *("backend", "graph_breaks", "lowering", "preparation", "report", "tensor", "torchao_interop"),
     },
     "checkpoints": {"checkpoints", "format", "dialects", "tensor", "dispatch", "torchao_interop"},
-    "checkpoint": {"checkpoints", "format", "dialects", "tensor", "dispatch", "torchao_interop"},
+    "checkpoint": {"checkpoints", "dialects", "prepack_model", "tensor"},
 }
 
 
