@@ -48,7 +48,7 @@ SCALE_OFFSET = {torch.bfloat16: (237 << 7) * 0x10001, torch.float16: (13 << 10) 
 # A code's bits as a number are code * 2^-126 (bfloat16) or code * 2^-14 (float16), a scale's scale * 2^119 or 2^7.
 DECODED_FACTOR = 128.0
 
-_AT_ONCE = 1 << 24  # codes that are permuted at a time
+_AT_ONCE = 1 << 23  # codes that are permuted at a time
 _MINUS_ZERO, _MINUS_NAN = 0x80, 0xFF
 _NAN, _ZERO = 18 * 8, 19 * 8
 
@@ -203,11 +203,11 @@ def _by_row(values: Tensor) -> Tensor:
 
 def _shuffle(codes: Tensor) -> Tensor:
     """Codes [..., 32, 2, 8, 2] -> int32 words [..., 32, 4]."""
-    halves = (codes & 7).long() << 6 | (codes & 8).long() << 12
-    registers = (halves[..., 0] | halves[..., 1] << 16).unbind(-1)
-    parts = [torch.zeros_like(registers[0]) for _ in range(3)]  # w0, w1, z
-    for register, (word, rotation) in zip(registers, REGISTERS, strict=True):
-        parts[word] |= _rotate_right(register, 32 - rotation)
+    halves = (codes & 7).int() << 6 | (codes & 8).int() << 12
+    parts = torch.zeros((3, *codes.shape[:-2]), dtype=torch.int64, device=codes.device)  # w0, w1, z
+    for register, (word, rotation) in enumerate(REGISTERS):
+        low, high = halves[..., register, :].long().unbind(-1)
+        parts[word] |= _rotate_right(low | high << 16, 32 - rotation)
     w0, w1, z = parts
     pair = torch.stack((w0 | z & LEFTOVER_MASK, w1 | _rotate_right(z & ~LEFTOVER_MASK, 2)), -1)
     return pair.to(torch.int32).flatten(-2)
@@ -216,7 +216,7 @@ def _shuffle(codes: Tensor) -> Tensor:
 def _unshuffle(words: Tensor) -> Tensor:
     """Invert :func:`_shuffle`, through the decoding that the kernels use."""
     bits = _registers(words)
-    halves = torch.stack((bits & 0xFFFF, bits >> 16), -1)
+    halves = torch.stack((bits.to(torch.int16), (bits >> 16).to(torch.int16)), -1)
     return (halves >> 6 & 7 | halves >> 12 & 8).to(torch.uint8)
 
 
