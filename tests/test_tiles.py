@@ -101,7 +101,10 @@ def test_shapes_are_known_without_computing():
         (lambda q, s, g: (q[..., :3], s, g), r"linear: packed tiles: expected words int32 .*got int32 \[6, 1, 32, 3\]"),
         (lambda q, s, g: (q, s.view(torch.float8_e4m3fn), g), r"scales uint8 .* and float8_e4m3fn \[6, 1, 32, 2\]"),
         (lambda q, s, g: (q, s[:3], g), r"got int32 \[6, 1, 32, 4\] and uint8 \[3, 1, 32, 2\]"),
-        (lambda q, s, g: (q[None], s[None], g), r"2-D codes, or 4-D words of tiles, got torch.int32 \[1, 6, 1, 32, 4\]"),
+        (
+            lambda q, s, g: (q[None], s[None], g),
+            r"2-D codes, or 4-D words of tiles, got torch.int32 \[1, 6, 1, 32, 4\]",
+        ),
         (lambda q, s, g: (q, s, g[:6]), r"global_scale must be float32 \[96\]"),
         (lambda q, s, g: (q.repeat(1, 2, 1, 1), s.repeat(1, 2, 1, 1), g), r"x has K = 64, the packed weight K = 128"),
         (lambda q, s, g: (q.long(), s, g), r"expected uint8, got int64 .*tiles have int32 words"),
