@@ -1,13 +1,12 @@
-"""The backend puts the weights that a model owns into tiles, and no graph meets a weight in another layout than its own.
+"""The backend puts the weights that a model owns into tiles; no graph meets a weight in another layout than its own.
 
 On a CPU by the option "always". Edges: parameters, buffers and arguments, memory that others see, weights that fill no
 tiles, graph breaks, tied weights, symbolic numbers of tokens, training, inference mode, graphs compiled before, layouts
-that change to and fro, warm caches of another process.
+that change to and fro, warm caches.
 """
 
 import pytest
 import torch
-from test_backend import run_process
 from test_tensor import E, K, N, hold, make_weight
 from torch import nn
 
@@ -56,8 +55,9 @@ def tiled(model):
     return [is_tiled(w.qdata) for w in model.weights()]
 
 
-@pytest.mark.parametrize("codegen", [False, True])
-@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize(
+    ("context", "codegen"), [(torch.no_grad, True), (torch.inference_mode, False), (torch.enable_grad, False)]
+)
 def test_weights_of_the_model_are_tiled_where_they_lie(context, codegen):
     model = Model()
     want, places = model(*inputs()), [w.qdata.data_ptr() for w in model.weights()]
@@ -211,32 +211,26 @@ def test_keys_of_caches_tell_the_layouts_apart():
     assert weight.__tensor_flatten__()[1] != weight.tiled().__tensor_flatten__()[1]
 
 
-WARM = """
-    runs = []
-    call = backend.EmulationPass.__call__
-    backend.EmulationPass.__call__ = lambda self, graph: (runs.append(1), call(self, graph))[1]
-    model, (x, ids) = Model(), inputs()
-    if {first}:
-        fx_nvfp4.prepack(model)
-    with torch.no_grad(), collect_reports() as report:
-        y = torch.compile(model, backend="nvfp4_emu", options={{"prepack": {prepack}}})(x, ids)
-    eager = torch.equal(y, model(x, ids))
-    print(json.dumps([len(runs), eager, sorted({{m.source for m in report.matched}}), tiled(model)]))
-"""
+def test_cached_artifacts_of_one_layout_do_not_serve_the_other(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    passes, call = [], backend.EmulationPass.__call__
+    monkeypatch.setattr(backend.EmulationPass, "__call__", lambda *args: (passes.append(1), call(*args))[1])
 
+    def run(prepack):
+        torch._dynamo.reset()
+        passes.clear()
+        model = Model()
+        want = model(*inputs())
+        if prepack:
+            fx_nvfp4.prepack(model)
+        with torch.no_grad(), collect_reports() as report:
+            got = torch.compile(model, backend="nvfp4_emu")(*inputs())
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-5)
+        return len(passes), {m.source for m in report.matched}
 
-def test_cached_artifacts_of_one_layout_do_not_serve_the_other(tmp_path):
-    def process(first, prepack):
-        imports = "import json, torch, fx_nvfp4\nfrom test_tile_inputs import *\n"
-        return run_process(WARM.format(first=first, prepack=prepack), tmp_path, imports=imports)
-
-    canonical, tiles = [True, ["packed tensor"], [False] * 3], [True, ["packed tensor, tiles"], [True] * 3]
-    assert process(False, True) == [1, *canonical]
-    assert process(True, True) == [1, *tiles]
-    assert process(False, True) == [0, *canonical]
-    assert process(True, True) == [0, *tiles]
-    assert process(False, repr("always")) == [1, *tiles]
-    assert process(False, repr("always")) == [0, *tiles]
+    for passes_run in (1, 0):
+        assert run(False) == (passes_run, {"packed tensor"})
+        assert run(True) == (passes_run, {"packed tensor, tiles"})
 
 
 def test_without_dynamo_around_it_the_backend_tiles_nothing():
