@@ -8,6 +8,7 @@ from .backend import nvfp4_emu
 from .calibrate import calibrate
 from .checkpoint import CheckpointError, load
 from .explain import explain
+from .prepack_model import prepack
 from .prepare import prepare
 from .quantize import NVFP4Config, quantizable, quantize_
 from .report import NotEmulatedError, NVFP4Warning, Report
@@ -33,6 +34,7 @@ __all__ = [
     "moe",
     "nvfp4_emu",
     "ops",
+    "prepack",
     "prepare",
     "quantizable",
     "quantize_",

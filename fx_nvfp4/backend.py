@@ -26,6 +26,7 @@ from .passes.settings import Settings
 from .report import Cost, NotEmulatedError, NVFP4Warning, Report, module_path
 from .tables import TableGuard, find_tables, hash_tables
 from .tensor import NVFP4Weight, layout_key
+from .tile_inputs import tile_inputs
 from .torchao_dispatch import emulated, swizzled_weights
 from .torchao_interop import is_torchao_nvfp4
 
@@ -42,6 +43,7 @@ OPTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "out_dtype": (None, (None, torch.float32, torch.bfloat16, torch.float16)),
     "shared_scales": (None, (None, "vllm")),
     "check_finite": (False, _SWITCHES),
+    "prepack": (True, (*_SWITCHES, "always")),  # "always": on a CPU too, where nothing gains from it
 }
 _PACKED_DTYPES = (*BYTES, *WORDS)
 _collectors: ContextVar[tuple[Report, ...]] = ContextVar("fx_nvfp4_collectors", default=())
@@ -63,9 +65,11 @@ def nvfp4_emu(
         options: ours are ``"strict"`` (default False), raise where a packed weight would be dequantised instead of
             warning; ``"lift"`` (default True), replace whole MoE blocks by one op and not just their products;
             ``"codegen"`` (default True), False runs the rewritten graph op by op instead of generating code, which
-            tells an error of the rewriting from one of a kernel. On the arithmetic: ``"activations"`` (default
-            "checkpoint"), ``"as_written"``, ``"out_dtype"``, ``"shared_scales"`` and ``"check_finite"``, see
-            :class:`fx_nvfp4.passes.settings.Settings`. Every other name goes to Inductor's config.
+            tells an error of the rewriting from one of a kernel; ``"prepack"`` (default True), permute packed weights
+            that the model owns, on a GPU, into tiles where they lie, see :meth:`NVFP4Weight.tile_`. On the arithmetic:
+            ``"activations"`` (default "checkpoint"), ``"as_written"``, ``"out_dtype"``, ``"shared_scales"`` and
+            ``"check_finite"``, see :class:`fx_nvfp4.passes.settings.Settings`. Every other name goes to Inductor's
+            config.
 
     Raises:
         NotEmulatedError: strict, and a packed weight is not emulated; names the site, the reason and what to do.
@@ -75,6 +79,7 @@ def nvfp4_emu(
         log.debug("nvfp4_emu: arguments %s of this torch release are not used", sorted(unknown))
     ours, inductor = _split_options(options or {})
     packed = _holds_packed(example_inputs)
+    left = tile_inputs(gm, example_inputs, ours["prepack"] == "always") if packed and ours["prepack"] else []
     tables = find_tables(gm, example_inputs) if packed else {}
     patches = {**compat.mode_patches(mode), **inductor}
     folder = compat.debug_folder(patches)
@@ -86,7 +91,7 @@ def nvfp4_emu(
     with emulated():
         compiled = compat.compile_with_inductor(gm, example_inputs, patches, packed, ours["codegen"])
     seconds = time.perf_counter() - start if ours["codegen"] else 0.0
-    report = graph_pass.finish(key, seconds, _notes(example_inputs))
+    report = graph_pass.finish(key, seconds, [*_notes(example_inputs), *left])
     _publish(report, ours["strict"])
     return guard.wrap(compiled, graph_pass.used_tables) if guard and graph_pass.used_tables else compiled
 

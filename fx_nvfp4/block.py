@@ -7,13 +7,14 @@ sum rounded once. A slot is one place of ids, number t * A + a; slots with ids o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from . import reference
 from .activation import Expression
+from .layouts import canonical, is_tiled, weight_sizes
 from .reference import Activations
 
 
@@ -28,6 +29,14 @@ class Projection:
     act: Activations
 
     @property
+    def n(self) -> int:
+        return weight_sizes(self.qdata)[1]
+
+    @property
+    def k(self) -> int:
+        return weight_sizes(self.qdata)[2]
+
+    @property
     def weight(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.qdata, self.block_scale, self.global_scale
 
@@ -36,8 +45,13 @@ class Projection:
         """The last arguments of an op of the op set."""
         return self.act.scale, self.act.mode, self.act.dialect
 
+    def canonical(self) -> Projection:
+        """The same with codes and block scales in the canonical layout."""
+        qdata, block_scale = canonical(self.qdata, self.block_scale)
+        return replace(self, qdata=qdata, block_scale=block_scale)
+
     def rows(self, rows: slice) -> Projection:
-        """The projection to some of the outputs, as views."""
+        """The projection to some of the outputs, as views; the canonical layout alone has any."""
         qdata, block_scale, global_scale = self.qdata, self.block_scale.view(torch.uint8), self.global_scale
         bias = None if self.bias is None else self.bias[:, rows]
         return Projection(qdata[:, rows], block_scale[:, rows], global_scale[:, rows], bias, self.act)
@@ -68,6 +82,15 @@ class Block:
     @property
     def experts(self) -> int:
         return self.down.qdata.shape[0]
+
+    @property
+    def tiled(self) -> bool:
+        """Whether a weight is in tiles."""
+        return any(is_tiled(p.qdata) for p in (*self.up, self.down))
+
+    def canonical(self) -> Block:
+        """The same with all weights in the canonical layout."""
+        return replace(self, up=tuple(p.canonical() for p in self.up), down=self.down.canonical())
 
     @property
     def rows_apart(self) -> bool:
@@ -106,7 +129,7 @@ class Block:
 
 def moe(x: Tensor, ids: Tensor, weights: Tensor, block: Block) -> Tensor:
     """x [T, K], ids and weights [T, A] -> [T, H] in x's dtype."""
-    slots = x.new_zeros(ids.numel(), block.down.qdata.shape[1])
+    slots = x.new_zeros(ids.numel(), block.down.n)
     for e, slot in reference.rows_by_ids(ids.reshape(-1), block.experts):
         rows = block.enter(x[slot // ids.shape[1]], weights.reshape(-1)[slot])
         ups = [p.add_bias(reference.matmul(rows, *p.of_expert(e)), e) for p in block.up]

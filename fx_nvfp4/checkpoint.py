@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,9 +18,12 @@ from .checkpoints.plan import Plan, make_plan
 from .checkpoints.reader import Reader, checkpoint_folder, read_json
 from .checkpoints.scheme import Scheme, read_scheme
 from .dialects import get_dialect
+from .prepack_model import tile_all
 from .tensor import NVFP4Weight
 
 __all__ = ["CheckpointError", "StoredWeights", "load", "read_weights"]
+
+logger = logging.getLogger("fx_nvfp4.checkpoint")
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _ACTIVATIONS = ("checkpoint", "none")
@@ -32,6 +36,7 @@ def load(
     *,
     dialect: str = "hardware",
     activations: str = "checkpoint",
+    prepack: bool | None = None,
     progress: bool = True,
 ) -> Any:
     """Load an NVFP4 checkpoint; packed weights stay packed all the way (:class:`fx_nvfp4.NVFP4Weight`).
@@ -46,6 +51,8 @@ def load(
             wrote the checkpoint), or a name in :data:`fx_nvfp4.dialects.DIALECTS`.
         activations: "checkpoint" quantises the activations of W4A4 models as the checkpoint says; "none" loads
             such a checkpoint's weights alone, and its input scales are not looked at.
+        prepack: put packed weights into tiles, where they lie and can be (:func:`fx_nvfp4.prepack`); default on CUDA
+            and ROCm devices alone.
         progress: show a progress bar.
 
     Returns:
@@ -70,6 +77,8 @@ def load(
     target = torch.device("cpu" if device is None else device)
     rule = opened.scheme.convention.dialect if dialect == "producer" else dialect
     weights = Assembler(opened.reader, target, model.config.dtype, rule, progress).tensors(plan)
+    if target.type == "cuda" if prepack is None else prepack:
+        logger.info("%s", tile_all(weights.items()))
     skeleton.initialize_buffers(model, target)
     _install(model, weights, plan)
     if generation_config is not None:

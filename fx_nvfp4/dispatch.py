@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import products, views  # noqa: F401
+from .layouts import is_tiled
 from .tensor import NVFP4Weight, unsupported
 
 aten = torch.ops.aten
@@ -63,6 +64,8 @@ def _copy(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
             f"copy_: cannot copy {kinds[1]} into {kinds[0]}; between packed and dense weights, other activations, or "
             "views of other dims or of chosen experts, use load_state_dict(..., assign=True) or replace the parameter"
         )
+    # What the parts mean is the destination's to say: it may be in use in compiled graphs.
+    source = source.tiled() if is_tiled(to.qdata) else source.canonical()
     names, _ = to.__tensor_flatten__()
     for name in names:
         getattr(to, name).copy_(getattr(source, name))
@@ -74,4 +77,8 @@ def _same_kind(to: Tensor, source: Tensor) -> bool:
     if not (isinstance(to, NVFP4Weight) and isinstance(source, NVFP4Weight)):
         return False
     chosen = to.expert_ids is not None or source.expert_ids is not None
-    return not chosen and to.describe() == source.describe() and to.dims == source.dims
+    return not chosen and _quantisation(to) == _quantisation(source) and to.dims == source.dims
+
+
+def _quantisation(w: NVFP4Weight) -> tuple[str, tuple[int, ...] | None]:
+    return w.activations, None if w.act_scale is None else tuple(w.act_scale.shape)

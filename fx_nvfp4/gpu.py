@@ -1,4 +1,7 @@
-"""The ops on CUDA and ROCm: activations quantised, then one Triton product; no host synchronisation."""
+"""The ops on CUDA and ROCm: activations quantised, then one Triton product; no host synchronisation.
+
+Weights in tiles are unpacked at each call where no kernel reads them as they are.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +19,20 @@ from .kernels import indexed as indexed_kernels
 from .kernels import input_grad as gradient_kernels
 from .kernels import moe as moe_kernels
 from .kernels import routing as routing_kernels
+from .layouts import canonical, is_tiled
 from .reference import Activations
 
 
 def linear(x: Tensor, qdata: Tensor, block_scale: Tensor, global_scale: Tensor, act: Activations) -> Tensor:
+    if is_tiled(qdata):
+        return linear(x, *canonical(qdata, block_scale), global_scale, act)
     operand, out_scale = _enter(x, act, None, 0)
     return batched_kernels.linear(operand, qdata, block_scale, global_scale, out_scale)
 
 
 def batched(x: Tensor, qdata: Tensor, block_scale: Tensor, global_scale: Tensor, act: Activations) -> Tensor:
+    if is_tiled(qdata):
+        return batched(x, *canonical(qdata, block_scale), global_scale, act)
     experts, rows = x.shape[:2]
     group = torch.arange(experts, device=x.device).unsqueeze(1).expand(experts, rows) if act.mode != "none" else None
     operand, out_scale = _enter(x, act, group, experts)
@@ -34,6 +42,8 @@ def batched(x: Tensor, qdata: Tensor, block_scale: Tensor, global_scale: Tensor,
 def indexed(
     x: Tensor, qdata: Tensor, block_scale: Tensor, global_scale: Tensor, ids: Tensor, act: Activations
 ) -> Tensor:
+    if is_tiled(qdata):
+        return indexed(x, *canonical(qdata, block_scale), global_scale, ids, act)
     operand, out_scale = _enter(x, act, ids, qdata.shape[0])
     return indexed_kernels.indexed(operand, qdata, block_scale, global_scale, ids, out_scale)
 
@@ -41,6 +51,8 @@ def indexed(
 def grouped(
     x: Tensor, qdata: Tensor, block_scale: Tensor, global_scale: Tensor, offs: Tensor, act: Activations
 ) -> Tensor:
+    if is_tiled(qdata):
+        return grouped(x, *canonical(qdata, block_scale), global_scale, offs, act)
     group = grouped_kernels.row_groups(offs, x.shape[0]) if act.mode != "none" else None
     operand, out_scale = _enter(x, act, group, qdata.shape[0])
     return grouped_kernels.grouped(operand, qdata, block_scale, global_scale, offs, out_scale)
@@ -48,7 +60,9 @@ def grouped(
 
 def moe(x: Tensor, ids: Tensor, weights: Tensor, block: Block) -> Tensor:
     if ids.numel() == 0:
-        return x.new_zeros(x.shape[0], block.down.qdata.shape[1])
+        return x.new_zeros(x.shape[0], block.down.n)
+    if block.tiled:
+        return moe(x, ids, weights, block.canonical())
     order, offs = routing_kernels.sort_slots(ids, block.experts)
     top, slot_ids = ids.shape[1], ids.reshape(-1)
     apart = block.rows_apart
@@ -80,7 +94,7 @@ def fake_quantize(x: Tensor, scale: Tensor, dialect: str) -> Tensor:
 
 
 def dequantize(qdata: Tensor, block_scale: Tensor, global_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return dequantize_kernels.dequantize(qdata, block_scale, global_scale, dtype)
+    return dequantize_kernels.dequantize(*canonical(qdata, block_scale), global_scale, dtype)
 
 
 def input_grad(
@@ -91,6 +105,7 @@ def input_grad(
     ids: Tensor | None = None,
     offs: Tensor | None = None,
 ) -> Tensor:
+    qdata, block_scale = canonical(qdata, block_scale)
     if ids is not None:
         return gradient_kernels.indexed(grad, qdata, block_scale, global_scale, ids)
     if offs is not None:

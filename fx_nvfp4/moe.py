@@ -4,10 +4,11 @@
     e = ids[t, a]; a slot whose id is outside 0..E-1 contributes nothing.
 
 x [T, K] float32, bfloat16 or float16; ids int32 or int64 [T, A]; weights floating [T, A]. Packed weights as in
-:mod:`fx_nvfp4.ops`: up, one or two, [E, N, K]; down [E, H, I]. ``layout`` says how up's N rows hold gate and up:
-"concatenated" (gate rows first), "interleaved" (row by row), "plain" (no gate), "separate" (two weights, gate first).
-``activation`` is an expression, see :mod:`fx_nvfp4.activation`. Biases [E, N] and [E, H], static activation scales
-float64 [] or [E]. ``weighted`` is "output", or "input" where x is multiplied, and rounded, before the up product.
+:mod:`fx_nvfp4.ops`, in either layout: up, one or two, [E, N, K]; down [E, H, I]. ``layout`` says how up's N rows hold
+gate and up: "concatenated" (gate rows first), "interleaved" (row by row), "plain" (no gate), "separate" (two weights,
+gate first). ``activation`` is an expression, see :mod:`fx_nvfp4.activation`. Biases [E, N] and [E, H], static
+activation scales float64 [] or [E]. ``weighted`` is "output", or "input" where x is multiplied, and rounded, before
+the up product.
 
 The result [T, H] has x's dtype. So do, rounded, the products, their sums with the bias, and h; the activation and the
 weighted sum are fp32. Dynamic activations take one scale for all rows of an expert in the call.
@@ -25,6 +26,7 @@ from . import ops, reference
 from .activation import parse
 from .block import Block, Projection
 from .block_grad import moe_backward as block_backward
+from .layouts import weight_sizes
 from .ops import X_DTYPES, check_activations, check_weight
 from .reference import Activations
 
@@ -59,7 +61,7 @@ def moe_backward(
 
 @moe.register_fake
 def _(x: Tensor, ids: Tensor, weights: Tensor, *operands: Any, **options: Any) -> Tensor:
-    return x.new_empty(x.shape[0], operands[3].shape[1])
+    return x.new_empty(x.shape[0], weight_sizes(operands[3])[1])
 
 
 @moe_backward.register_fake
@@ -131,29 +133,29 @@ def check_block(x: Tensor, ids: Tensor, weights: Tensor, block: Block) -> None:
             f"got {weights.dtype} {list(weights.shape)}"
         )
     check_weight("moe, down weight", *block.down.weight, 1)
-    inner = block.down.qdata.shape[2] * 2
+    inner = block.down.k
     _check_projection("moe, down weight", block.down, block.experts, inner)
     rows = inner * 2 if block.layout in ("concatenated", "interleaved") else inner
     for i, up in enumerate(block.up):
         _check_projection(f"moe, up weight {i}", up, block.experts, x.shape[1])
-        if up.qdata.shape[1] != rows:
+        if up.n != rows:
             raise ValueError(
                 f"moe, up weight {i}: layout {block.layout!r} needs {rows} rows for the down weight's K = {inner}, "
-                f"got {up.qdata.shape[1]}"
+                f"got {up.n}"
             )
 
 
 def _check_projection(op: str, p: Projection, experts: int, k: int) -> None:
     check_weight(op, *p.weight, 1)
     check_activations(op, p.qdata, p.act.scale, p.act.mode)
-    if p.qdata.shape[0] != experts or p.qdata.shape[2] * 2 != k:
+    if p.qdata.shape[0] != experts or p.k != k:
         raise ValueError(
             f"{op}: expected {experts} experts (as the down weight has) and K = {k}, "
-            f"got {p.qdata.shape[0]} experts and K = {p.qdata.shape[2] * 2}"
+            f"got {p.qdata.shape[0]} experts and K = {p.k}"
         )
-    if p.bias is not None and (not p.bias.is_floating_point() or p.bias.shape != p.qdata.shape[:2]):
+    if p.bias is not None and (not p.bias.is_floating_point() or p.bias.shape != p.global_scale.shape):
         raise ValueError(
-            f"{op}: bias must be floating point {list(p.qdata.shape[:2])}, got {p.bias.dtype} {list(p.bias.shape)}"
+            f"{op}: bias must be floating point {list(p.global_scale.shape)}, got {p.bias.dtype} {list(p.bias.shape)}"
         )
 
 

@@ -1,7 +1,8 @@
 """The op set (``torch.ops.fx_nvfp4``): matmuls with packed NVFP4 weights, opaque to Dynamo and AOTAutograd.
 
-Weights are canonical in every op: qdata uint8 [.., N, K/2], block_scale [.., N, K/16] as float8_e4m3fn or its
-bytes in uint8, global_scale float32 [.., N] per output row. ``activations`` is "none", "static" (act_scale:
+Weights have either of the layouts of :mod:`fx_nvfp4.layouts`: qdata uint8 [.., N, K/2], block_scale [.., N, K/16] as
+float8_e4m3fn or its bytes in uint8; or tiles, qdata int32 [.., N/16, K/64, 32, 4], block_scale uint8 [.., N/16, K/64,
+32, 2]. global_scale is float32 [.., N], per output row. ``activations`` is "none", "static" (act_scale:
 float64 scalar, or [E] one per expert) or "dynamic" (amax / 2688 of the rows one weight multiplies in this call);
 ``dialect`` names the quantising rule of :mod:`fx_nvfp4.dialects`. Results have x's dtype, rounded once from the
 fp32 sum.
@@ -20,7 +21,8 @@ import torch
 from torch import Tensor
 
 from . import cpu, reference
-from . import format as nvfp4
+from .format import BLOCK
+from .layouts import canonical, check_packed, is_tiled, weight_sizes
 from .reference import Activations
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -46,22 +48,25 @@ def check_operands(
     check_weight(op, qdata, block_scale, global_scale, expert_dims)
     if x.dtype not in X_DTYPES:
         raise ValueError(f"{op}: x must be float32, bfloat16 or float16, got {x.dtype}")
-    if x.shape[-1] != qdata.shape[-1] * 2:
-        raise ValueError(f"{op}: x has K = {x.shape[-1]}, the packed weight K = {qdata.shape[-1] * 2}")
+    k = weight_sizes(qdata)[2]
+    if x.shape[-1] != k:
+        raise ValueError(f"{op}: x has K = {x.shape[-1]}, the packed weight K = {k}")
     check_activations(op, qdata, act_scale, activations)
 
 
 def check_weight(op: str, qdata: Tensor, block_scale: Tensor, global_scale: Tensor, expert_dims: int) -> None:
     """Raise ValueError unless the three tensors form one packed weight, [N, K] or with expert_dims = 1 [E, N, K]."""
     try:
-        nvfp4.check_packed(qdata, reference.as_e4m3(block_scale))
+        check_packed(qdata, block_scale if is_tiled(qdata) else reference.as_e4m3(block_scale))
     except ValueError as error:
         raise ValueError(f"{op}: {error}") from None
-    if qdata.dim() != 2 + expert_dims:
-        raise ValueError(f"{op}: expected {2 + expert_dims}-D codes, got {list(qdata.shape)}")
-    if global_scale.dtype != torch.float32 or global_scale.shape != qdata.shape[:-1]:
+    lead, n, _ = weight_sizes(qdata)
+    if len(lead) != expert_dims:
+        expected = f"{2 + expert_dims}-D codes, or {4 + expert_dims}-D words of tiles"
+        raise ValueError(f"{op}: expected {expected}, got {qdata.dtype} {list(qdata.shape)}")
+    if global_scale.dtype != torch.float32 or global_scale.shape != (*lead, n):
         raise ValueError(
-            f"{op}: global_scale must be float32 {list(qdata.shape[:-1])}, one per output row, "
+            f"{op}: global_scale must be float32 {[*lead, n]}, one per output row, "
             f"got {global_scale.dtype} {list(global_scale.shape)}"
         )
 
@@ -85,7 +90,8 @@ def check_activations(op: str, qdata: Tensor, act_scale: Tensor | None, activati
         raise ValueError(f"{op}: activations must be one of {ACTIVATION_MODES}, got {activations!r}")
     if activations != "static":
         return
-    shapes = [[], [qdata.shape[0]]] if qdata.dim() == 3 else [[]]
+    lead, _, _ = weight_sizes(qdata)
+    shapes = [[], list(lead)] if lead else [[]]
     if act_scale is None or act_scale.dtype != torch.float64 or list(act_scale.shape) not in shapes:
         found = "None" if act_scale is None else f"{act_scale.dtype} {list(act_scale.shape)}"
         raise ValueError(f"{op}: static activations need a float64 act_scale of shape {shapes}, got {found}")
@@ -235,16 +241,34 @@ def input_grad(
     return bodies(grad).input_grad(grad, qdata, block_scale, global_scale, ids, offs)
 
 
+@torch.library.custom_op(
+    "fx_nvfp4::unpack_tiles", mutates_args=(), schema="(Tensor words, Tensor scales) -> (Tensor, Tensor)"
+)
+def unpack_tiles(words: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes and the bytes of block scales in the canonical layout: what views need that cut through tiles."""
+    if not is_tiled(words):
+        raise ValueError(f"unpack_tiles: expected int32 words of tiles, got {words.dtype} {list(words.shape)}")
+    check_packed(words, scales)
+    qdata, block_scale = canonical(words, scales)
+    return qdata, block_scale.view(torch.uint8)
+
+
+@unpack_tiles.register_fake
+def _(words: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    lead, n, k = weight_sizes(words)
+    return tuple(words.new_empty(*lead, n, k // part, dtype=torch.uint8) for part in (2, BLOCK))  # type: ignore[return-value]
+
+
 @linear.register_fake
 def _(x: Tensor, qdata: Tensor, *_args: Any) -> Tensor:
-    return x.new_empty(*x.shape[:-1], qdata.shape[0])
+    return x.new_empty(*x.shape[:-1], weight_sizes(qdata)[1])
 
 
 @batched.register_fake
 @indexed.register_fake
 @grouped.register_fake
 def _(x: Tensor, qdata: Tensor, *_args: Any) -> Tensor:
-    return x.new_empty(*x.shape[:-1], qdata.shape[1])
+    return x.new_empty(*x.shape[:-1], weight_sizes(qdata)[1])
 
 
 @check_finite.register_fake
@@ -259,12 +283,13 @@ def _(x: Tensor, scale: Tensor, dialect: str = "hardware") -> Tensor:
 
 @dequantize.register_fake
 def _(qdata: Tensor, block_scale: Tensor, global_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return qdata.new_empty(*qdata.shape[:-1], qdata.shape[-1] * 2, dtype=dtype)
+    lead, n, k = weight_sizes(qdata)
+    return qdata.new_empty(*lead, n, k, dtype=dtype)
 
 
 @input_grad.register_fake
 def _(grad: Tensor, qdata: Tensor, *_args: Any) -> Tensor:
-    return grad.new_empty(*grad.shape[:-1], qdata.shape[-1] * 2)
+    return grad.new_empty(*grad.shape[:-1], weight_sizes(qdata)[2])
 
 
 def _save_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -287,7 +312,7 @@ def _backward_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     elif offs is not None:
         y = grouped(grad, *weight, offs)
     else:
-        y = (linear if weight[0].dim() == 2 else batched)(grad, *weight)
+        y = (batched if weight_sizes(weight[0])[0] else linear)(grad, *weight)
     return y, None, None, None, None, None
 
 

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .layouts import is_tiled
+from .prepack import TILE_ROWS
 from .tensor import NVFP4Weight
 
 Dims = Sequence[tuple[int, ...]]
@@ -14,7 +16,7 @@ Dims = Sequence[tuple[int, ...]]
 
 def as_bytes(block_scale: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
     """fn of block scales as bytes, which every device can index and copy."""
-    return fn(block_scale.view(torch.uint8)).view(torch.float8_e4m3fn)
+    return fn(block_scale.view(torch.uint8)).view(block_scale.dtype)
 
 
 def map_parts(
@@ -29,6 +31,11 @@ def map_parts(
         act_scale=act_scale,
         **changes,
     )
+
+
+def rows_each(w: NVFP4Weight, part: Tensor) -> int:
+    """How many rows of w one entry along the rows of a part of it holds."""
+    return TILE_ROWS if is_tiled(w.qdata) and part.dim() > w.global_scale.dim() else 1
 
 
 def of_lead(w: NVFP4Weight, dims: Dims, fn: Callable[[Tensor], Tensor]) -> NVFP4Weight:

@@ -30,15 +30,12 @@ exponents lack is :data:`DECODED_FACTOR` in both dtypes, for whoever scales the 
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from .format import check_packed, pack, unpack
-
-# How gate and up rows lie in the canonical weight: not at all, all gate rows before all up rows, or in turn.
-Rows = Literal["plain", "stacked", "interleaved"]
+from .format import BLOCK, check_packed, pack, unpack
 
 TILE_ROWS, TILE_K = 16, 64
 REGISTER_MASK = 0x81C081C0
@@ -51,30 +48,64 @@ SCALE_OFFSET = {torch.bfloat16: (237 << 7) * 0x10001, torch.float16: (13 << 10) 
 # A code's bits as a number are code * 2^-126 (bfloat16) or code * 2^-14 (float16), a scale's scale * 2^119 or 2^7.
 DECODED_FACTOR = 128.0
 
-_CODE_BITS = (6, 7, 8, 15)
+_AT_ONCE = 1 << 23  # codes that are permuted at a time
+_MINUS_ZERO, _MINUS_NAN = 0x80, 0xFF
 _NAN, _ZERO = 18 * 8, 19 * 8
 
 
 def supports(n: int, k: int) -> bool:
     """Whether weights [n, k] fill whole tiles; the kernels on canonical weights serve the others.
 
-    Padding them instead would cost bytes that every read pays for. A tile of gated rows holds 8 rows of gate and 8 of
-    up, so that n is a multiple of 16 for every order of rows.
+    Padding them instead would cost bytes that every read pays for.
     """
     return n % TILE_ROWS == 0 and k % TILE_K == 0 and n > 0 and k > 0
 
 
-def prepack(qdata: Tensor, block_scale: Tensor, rows: Rows = "plain", name: str = "weight") -> tuple[Tensor, Tensor]:
+def prepack(qdata: Tensor, block_scale: Tensor, name: str = "weight") -> tuple[Tensor, Tensor]:
     """Permute packed weights into the order of the fragments.
 
     Args:
         qdata: uint8 [..., N, K/2].
         block_scale: float8_e4m3fn [..., N, K/16].
-        rows: how gate and up rows lie; a tile of gated weights has 8 gate rows and then their 8 up rows.
         name: what errors call the weight.
 
     Returns:
         (words, scales): int32 [..., N/16, K/64, 32, 4] and uint8 [..., N/16, K/64, 32, 2], by lane.
+
+    Raises:
+        ValueError: as :func:`check_suited`.
+    """
+    check_suited(qdata, block_scale, name)
+    shapes = tiled_shapes(qdata)
+    words = torch.empty(shapes[0], dtype=torch.int32, device=qdata.device)
+    scales = torch.empty(shapes[1], dtype=torch.uint8, device=qdata.device)
+    write_tiles(qdata, block_scale, words, scales)
+    return words, scales
+
+
+def unpack_tiles(words: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Invert :func:`prepack`, bit for bit: (qdata, block_scale) in the canonical layout."""
+    *lead, tiles, chunks, _, _ = words.shape
+    n, k = tiles * TILE_ROWS, chunks * TILE_K
+    qdata = torch.empty((*lead, n, k // 2), dtype=torch.uint8, device=words.device)
+    raw = torch.empty((*lead, n, k // BLOCK), dtype=torch.uint8, device=words.device)
+    by_rows = [words.reshape(-1, *words.shape[-3:]), scales.reshape(-1, *scales.shape[-3:])]
+    by_rows += [t.view(-1, TILE_ROWS, t.shape[-1]) for t in (qdata, raw)]
+    for some_words, some_scales, codes, scale in _groups(by_rows, k):
+        codes.copy_(pack(_from_tiles(_unshuffle(some_words))).view(codes.shape))
+        scale.copy_(_lookup(_CANONICAL, _scales_by_row(some_scales)).view(scale.shape))
+    return qdata, raw.view(torch.float8_e4m3fn)
+
+
+def tiled_shapes(qdata: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of the words and scales that codes [..., N, K/2] become."""
+    *lead, n, half = qdata.shape
+    tiles = (*lead, n // TILE_ROWS, 2 * half // TILE_K, 32)
+    return (*tiles, 4), (*tiles, 2)
+
+
+def check_suited(qdata: Tensor, block_scale: Tensor, name: str = "weight") -> None:
+    """Refuse what :func:`prepack` cannot permute.
 
     Raises:
         ValueError: the weight does not fill whole tiles, or has a negative block scale, which no scheme writes.
@@ -86,25 +117,45 @@ def prepack(qdata: Tensor, block_scale: Tensor, rows: Rows = "plain", name: str 
             f"prepack: {name} is [{n}, {k}], expected multiples of {TILE_ROWS} rows and {TILE_K} columns; "
             "leave it in the canonical layout"
         )
-    recoded = _lookup(_RECODED, block_scale.view(torch.uint8))
-    if bool((recoded == _REFUSED).any()):
+    raw = block_scale.view(torch.uint8)
+    if bool(((raw > _MINUS_ZERO) & (raw < _MINUS_NAN)).any()):
         raise ValueError(
             f"prepack: {name} has a negative block scale; NVFP4 scales are not negative, "
             "flip the signs of the block's codes or leave the weight in the canonical layout"
         )
-    codes = _to_tiles(_gated_tiles(unpack(qdata), rows))
-    scales = _gated_tiles(recoded, rows).unflatten(-1, (-1, 4)).unflatten(-3, (-1, 2, 8))
-    scales = scales.movedim((-5, -2, -3, -1, -4), (-5, -4, -3, -2, -1)).flatten(-3, -2)
-    return _shuffle(codes), scales.contiguous()
 
 
-def unpack_tiles(words: Tensor, scales: Tensor, rows: Rows = "plain") -> tuple[Tensor, Tensor]:
-    """Invert :func:`prepack`, bit for bit: (qdata, block_scale) in the canonical layout."""
-    canonical = _from_tiles(_unshuffle(words))
-    by_row = scales.unflatten(-2, (8, 4)).movedim((-5, -1, -3, -4, -2), (-5, -4, -3, -2, -1))
-    by_row = by_row.flatten(-5, -3).flatten(-2)
-    raw = _lookup(_CANONICAL, _canonical_rows(by_row, rows))
-    return pack(_canonical_rows(canonical, rows)), raw.contiguous().view(torch.float8_e4m3fn)
+def write_tiles(qdata: Tensor, block_scale: Tensor, words: Tensor, scales: Tensor) -> None:
+    """Fill contiguous words and scales from a weight that :func:`check_suited` has seen.
+
+    They may be the memory of contiguous codes and block scales: the 16 rows of a tile are as many bytes in the same
+    place either way, and rows are read before they are written, some at a time.
+    """
+    raw = block_scale.view(torch.uint8)
+    by_rows = [t.reshape(-1, TILE_ROWS, t.shape[-1]) for t in (qdata, raw)]
+    by_rows += [t.view(-1, *t.shape[-3:]) for t in (words, scales)]
+    for codes, scale, some_words, some_scales in _groups(by_rows, 2 * qdata.shape[-1]):
+        some_words.copy_(_shuffle(_to_tiles(unpack(codes.flatten(0, 1)))))
+        some_scales.copy_(_scales_by_lane(_lookup(_RECODED, scale.flatten(0, 1))))
+
+
+def _groups(tensors: list[Tensor], k: int) -> Iterator[tuple[Tensor, ...]]:
+    """Tensors [rows of tiles, ..] some rows at a time, as permuting takes a multiple of their memory."""
+    step = max(1, _AT_ONCE // (TILE_ROWS * k))
+    for first in range(0, len(tensors[0]), step):
+        yield tuple(t[first : first + step] for t in tensors)
+
+
+def _scales_by_lane(scales: Tensor) -> Tensor:
+    """[N, K/16] -> [N/16, K/64, 32, 2]."""
+    split = scales.unflatten(-1, (-1, 4)).unflatten(-3, (-1, 2, 8))  # tile r g chunk t
+    return split.movedim((-5, -2, -3, -1, -4), (-5, -4, -3, -2, -1)).flatten(-3, -2)
+
+
+def _scales_by_row(scales: Tensor) -> Tensor:
+    """Invert :func:`_scales_by_lane`."""
+    split = scales.unflatten(-2, (8, 4)).movedim((-5, -1, -3, -4, -2), (-5, -4, -3, -2, -1))
+    return split.flatten(-5, -3).flatten(-2)
 
 
 def permute_k(x: Tensor) -> Tensor:
@@ -130,22 +181,6 @@ def decode_tiles(words: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     return _by_row(products)
 
 
-def _gated_tiles(x: Tensor, rows: Rows) -> Tensor:
-    """Rows [..., N, C] in the order of the tiles."""
-    if rows == "plain":
-        return x
-    pairs = x.unflatten(-2, (2, -1)) if rows == "stacked" else x.unflatten(-2, (-1, 2)).transpose(-3, -2)
-    return pairs.unflatten(-2, (-1, 8)).transpose(-4, -3).flatten(-4, -2)
-
-
-def _canonical_rows(x: Tensor, rows: Rows) -> Tensor:
-    """Invert :func:`_gated_tiles`."""
-    if rows == "plain":
-        return x
-    pairs = x.unflatten(-2, (-1, 2, 8)).transpose(-4, -3).flatten(-3, -2)
-    return pairs.flatten(-3, -2) if rows == "stacked" else pairs.transpose(-3, -2).flatten(-3, -2)
-
-
 def _to_tiles(codes: Tensor) -> Tensor:
     """Codes [..., N, K] -> [..., N/16, K/64, 32 lanes, j, 8 registers, e]."""
     split = codes.unflatten(-1, (-1, 4, 2, 2, 2, 2)).unflatten(-7, (-1, 2, 8))  # tile r g chunk t j step half e
@@ -166,31 +201,22 @@ def _by_row(values: Tensor) -> Tensor:
     return values.movedim(order, tuple(range(-9, 0))).flatten(-6).flatten(-4, -2)
 
 
-def _source(register: int, e: int, bit: int) -> tuple[int, int]:
-    """(word, bit) that holds a bit of a code: bit 0 to 2 of its magnitude or 3, its sign."""
-    word, rotation = REGISTERS[register]
-    place = (_CODE_BITS[bit] + 16 * e + rotation) % 32
-    if word < 2:
-        return word, place
-    return (0, place) if LEFTOVER_MASK >> place & 1 else (1, (place - 2) % 32)
-
-
 def _shuffle(codes: Tensor) -> Tensor:
     """Codes [..., 32, 2, 8, 2] -> int32 words [..., 32, 4]."""
-    words = torch.zeros(*codes.shape[:-2], 2, dtype=torch.int32, device=codes.device)
-    for register in range(8):
-        for e in range(2):
-            code = codes[..., register, e].int()
-            for bit in range(4):
-                word, place = _source(register, e, bit)
-                words[..., word] |= (code >> bit & 1) << place
-    return words.flatten(-2)
+    halves = (codes & 7).int() << 6 | (codes & 8).int() << 12
+    parts = torch.zeros((3, *codes.shape[:-2]), dtype=torch.int64, device=codes.device)  # w0, w1, z
+    for register, (word, rotation) in enumerate(REGISTERS):
+        low, high = halves[..., register, :].long().unbind(-1)
+        parts[word] |= _rotate_right(low | high << 16, 32 - rotation)
+    w0, w1, z = parts
+    pair = torch.stack((w0 | z & LEFTOVER_MASK, w1 | _rotate_right(z & ~LEFTOVER_MASK, 2)), -1)
+    return pair.to(torch.int32).flatten(-2)
 
 
 def _unshuffle(words: Tensor) -> Tensor:
     """Invert :func:`_shuffle`, through the decoding that the kernels use."""
     bits = _registers(words)
-    halves = torch.stack((bits & 0xFFFF, bits >> 16), -1)
+    halves = torch.stack((bits.to(torch.int16), (bits >> 16).to(torch.int16)), -1)
     return (halves >> 6 & 7 | halves >> 12 & 8).to(torch.uint8)
 
 

@@ -131,7 +131,7 @@ def _spread(x: Tensor, w: NVFP4Weight, batch: Merged, inner: Merged, contracted:
 
 def _is_matrix(w: NVFP4Weight) -> bool:
     """Whether w shows [N, K] or [K, N] of one weight."""
-    return w.qdata.dim() == 2 and w.view_dims is None
+    return not w.stored and w.view_dims is None
 
 
 def _plain(x: Tensor, w: NVFP4Weight, over_rows: bool) -> Tensor:
@@ -162,9 +162,9 @@ def _indexed(x: Tensor, w: NVFP4Weight, over_rows: bool) -> Tensor:
 def _operands(w: NVFP4Weight) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, block scales and global scales of one weight or of all stored experts in one dim."""
     parts = w.qdata, w.block_scale.view(torch.uint8), w.global_scale
-    if w.qdata.dim() <= 3:
+    if len(w.stored) <= 1:
         return parts
-    qdata, block_scale, global_scale = (t.flatten(0, w.qdata.dim() - 3) for t in parts)
+    qdata, block_scale, global_scale = (t.flatten(0, len(w.stored) - 1) for t in parts)
     return qdata, block_scale, global_scale
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import format as nvfp4
 from .format import TWO_LEVEL_MAX, code_times_scale, quantize
+from .layouts import canonical, weight_sizes
 
 
 @dataclass(frozen=True)
@@ -79,17 +80,17 @@ class Activations:
 def matmul(x: Tensor, qdata: Tensor, block_scale: Tensor, global_scale: Tensor, act: Activations) -> Tensor:
     """x [M, K] times one packed weight [N, K] transposed -> [M, N] in x's dtype."""
     operand, multiplier = act.enter(x)
-    y = _product(operand, code_times_scale(qdata, as_e4m3(block_scale)).T) * _merge(global_scale, multiplier)
+    y = _product(operand, unscaled_weight(qdata, block_scale).T) * _merge(global_scale, multiplier)
     return y.to(x.dtype)
 
 
 def linear(x: Tensor, qdata: Tensor, block_scale: Tensor, global_scale: Tensor, act: Activations) -> Tensor:
     y = matmul(x.reshape(-1, x.shape[-1]), qdata, block_scale, global_scale, act)
-    return y.reshape(*x.shape[:-1], qdata.shape[0])
+    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def batched(x: Tensor, qdata: Tensor, block_scale: Tensor, global_scale: Tensor, act: Activations) -> Tensor:
-    y = x.new_empty(*x.shape[:2], qdata.shape[1])
+    y = x.new_empty(*x.shape[:2], weight_sizes(qdata)[1])
     for e in range(x.shape[0]):
         y[e] = matmul(x[e], qdata[e], block_scale.view(torch.uint8)[e], global_scale[e], act.of_expert(e))
     return y
@@ -112,6 +113,7 @@ def fake_quantize(x: Tensor, scale: Tensor, dialect: str) -> Tensor:
 
 
 def dequantize(qdata: Tensor, block_scale: Tensor, global_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    qdata, block_scale = canonical(qdata, block_scale)
     return nvfp4.dequantize(qdata, as_e4m3(block_scale), global_scale.unsqueeze(-1), dtype)
 
 
@@ -124,7 +126,7 @@ def _routed(
     act: Activations,
 ) -> Tensor:
     """Rows of x through the experts that ``rows`` assigns them to; a row of no expert is zero."""
-    y = x.new_zeros(x.shape[0], qdata.shape[1])
+    y = x.new_zeros(x.shape[0], weight_sizes(qdata)[1])
     for e, index in rows:
         y[index] = matmul(x[index], qdata[e], block_scale.view(torch.uint8)[e], global_scale[e], act.of_expert(e))
     return y
@@ -163,7 +165,8 @@ def input_grad(
 
     The global scale belongs to the rows that are summed over, so here it cannot multiply the sum.
     """
-    if qdata.dim() == 2:
+    lead, _, k = weight_sizes(qdata)
+    if not lead:
         return _grad(grad, qdata, block_scale, global_scale)
     rows: Iterable[tuple[int, Tensor | int]]
     if ids is not None:
@@ -172,7 +175,7 @@ def input_grad(
         rows = rows_by_offsets(offs, grad.shape[0])
     else:
         rows = ((e, e) for e in range(qdata.shape[0]))
-    x = grad.new_zeros(*grad.shape[:-1], qdata.shape[-1] * 2)
+    x = grad.new_zeros(*grad.shape[:-1], k)
     for e, index in rows:
         x[index] = _grad(grad[index], qdata[e], block_scale.view(torch.uint8)[e], global_scale[e])
     return x
@@ -183,9 +186,15 @@ def as_e4m3(block_scale: Tensor) -> Tensor:
     return block_scale.view(torch.float8_e4m3fn) if block_scale.dtype == torch.uint8 else block_scale
 
 
+def unscaled_weight(qdata: Tensor, block_scale: Tensor) -> Tensor:
+    """Code * block scale in fp32 [.., N, K], of either layout."""
+    codes, scales = canonical(qdata, block_scale)
+    return code_times_scale(codes, as_e4m3(scales))
+
+
 def _grad(grad: Tensor, qdata: Tensor, block_scale: Tensor, global_scale: Tensor) -> Tensor:
     scaled = grad.float() * global_scale
-    return _product(scaled, code_times_scale(qdata, as_e4m3(block_scale))).to(grad.dtype)
+    return _product(scaled, unscaled_weight(qdata, block_scale)).to(grad.dtype)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

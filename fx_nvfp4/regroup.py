@@ -8,9 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from .parts import map_parts, of_lead
+from .layouts import is_tiled
+from .parts import map_parts, of_lead, rows_each
+from .prepack import TILE_ROWS
 from .tensor import Dims, NVFP4Weight, unsupported
 
 
@@ -87,18 +90,24 @@ def _factor(func: Any, w: NVFP4Weight, shape: Sequence[int]) -> tuple[list[list[
 
 def _split_rows(w: NVFP4Weight, factors: Sequence[int]) -> NVFP4Weight:
     """Rows in groups, which become experts of fewer rows: [E, N, K] as [E, 2, N/2, K], for example."""
-    rows, groups = w.qdata.dim() - 2, math.prod(factors[:-1])
+    if is_tiled(w.qdata) and not statically_known_true(factors[-1] % TILE_ROWS == 0):
+        w = w.canonical()
+    rows, groups = len(w.stored), math.prod(factors[:-1])
     scale = w.act_scale if w.act_scale is not None and w.act_scale.dim() else None
     if w.expert_ids is None:
         for size in factors[:-1]:
             scale = None if scale is None else scale.unsqueeze(-1).expand(*scale.shape, size)
         dims = _canonical(len(w.lead) + len(factors) - 1)
-        return map_parts(w, lambda t: t.unflatten(rows, factors), dims, w.act_scale if scale is None else scale)
+        scale = w.act_scale if scale is None else scale
+        return map_parts(w, lambda t: t.unflatten(rows, (*factors[:-1], factors[-1] // rows_each(w, t))), dims, scale)
     within = torch.arange(groups, device=w.qdata.device).view(*factors[:-1])
     ids = w.expert_ids.view(*w.lead, *[1] * within.dim()) * groups + within
     scale = w.act_scale if scale is None else scale.repeat_interleave(groups)
-    split = (groups, factors[-1])
-    return map_parts(w, lambda t: t.unflatten(1, split).flatten(0, 1), _canonical(ids.dim()), scale, expert_ids=ids)
+
+    def split(part: Tensor) -> Tensor:
+        return part.unflatten(1, (groups, factors[-1] // rows_each(w, part))).flatten(0, 1)
+
+    return map_parts(w, split, _canonical(ids.dim()), scale, expert_ids=ids)
 
 
 def _canonical(lead: int) -> Dims:

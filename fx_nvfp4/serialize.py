@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from .tensor import NVFP4Weight
+from .tensor import LAYOUT, NVFP4Weight
 
 _TYPE = "NVFP4Weight"
 _DTYPES = {str(d): d for d in (torch.float32, torch.bfloat16, torch.float16)}
@@ -21,7 +21,7 @@ def save_file(tensors: Mapping[str, Tensor], path: str | Path) -> None:
     """Write a state dict, packed weights included, to one safetensors file.
 
     A weight ``name`` becomes the tensors ``name.qdata``, ``name.block_scale``, ``name.global_scale`` and, where it
-    has one, ``name.act_scale``.
+    has one, ``name.act_scale``; in the canonical layout, also of tiles.
 
     Raises:
         ValueError: a packed weight is a view of another shape or of chosen experts; store what it shows.
@@ -36,8 +36,10 @@ def save_file(tensors: Mapping[str, Tensor], path: str | Path) -> None:
             continue
         if packed.expert_ids is not None or packed.view_dims is not None:
             raise ValueError(f"save_file: {name} is a view {list(packed.shape)}; save the weight that it shows")
+        packed = packed.canonical()
         parts, attributes = packed.__tensor_flatten__()
         plain.update({f"{name}.{part}": _own(getattr(packed, part), seen) for part in parts})
+        attributes.pop(LAYOUT)
         attributes = {key: str(value) if key == "orig_dtype" else value for key, value in attributes.items()}
         metadata[name] = json.dumps({"type": _TYPE, **attributes})
     safetensors.torch.save_file(plain, path, metadata)

@@ -13,10 +13,12 @@ from torchao.utils import TorchAOBaseTensor
 
 from . import format as nvfp4
 from .dialects import get_dialect
+from .layouts import check_packed, is_tiled, weight_sizes
 from .ops import ACTIVATION_MODES, UNCALIBRATED
 
 Dims = tuple[tuple[int, ...], ...]
 
+LAYOUT = "layout"  # what __tensor_flatten__ adds to the arguments of the constructor
 _MODES = (*ACTIVATION_MODES, UNCALIBRATED)
 
 
@@ -30,8 +32,9 @@ class NVFP4Weight(TorchAOBaseTensor):
     the stored parts and remembers what it shows: ``expert_ids`` which experts, ``view_dims`` in which dims.
 
     Args:
-        qdata: uint8 [.., N, K/2], two E2M1 codes a byte along K, the even element in the low nibble.
-        block_scale: float8_e4m3fn [.., N, K/16], linear.
+        qdata: uint8 [.., N, K/2], two E2M1 codes a byte along K, the even element in the low nibble; or the words
+            of tiles, int32 [.., N/16, K/64, 32, 4], see :mod:`fx_nvfp4.layouts`.
+        block_scale: float8_e4m3fn [.., N, K/16], linear; or, of tiles, uint8 [.., N/16, K/64, 32, 2].
         global_scale: float32 [.., N], the multiplier of each output row, so that gate, up and every expert
             keep their own exactly.
         orig_dtype: the dtype this weight shows: float32, bfloat16 or float16.
@@ -79,8 +82,9 @@ class NVFP4Weight(TorchAOBaseTensor):
         view_dims: Dims | None = None,
     ) -> NVFP4Weight:
         _check(qdata, block_scale, global_scale, orig_dtype, activations, dialect, act_scale, expert_ids)
-        lead = qdata.shape[:-2] if expert_ids is None else expert_ids.shape
-        sizes = (*lead, qdata.shape[-2], qdata.shape[-1] * 2)
+        stored, n, k = weight_sizes(qdata)
+        lead = stored if expert_ids is None else expert_ids.shape
+        sizes = (*lead, n, k)
         dims = _plain_dims(len(lead), transposed) if view_dims is None else view_dims
         shape = [math.prod(sizes[d] for d in merged) for merged in dims]
         # Views of an ordinary tensor must be ordinary too, also where they are taken in inference mode.
@@ -147,11 +151,12 @@ class NVFP4Weight(TorchAOBaseTensor):
         return layout_key(self)
 
     def describe(self) -> str:
-        """Short text of format and activations, e.g. "W4A4 static per-expert"."""
+        """Short text of format and activations, e.g. "W4A4 static per-expert", or "W4A16, tiles"."""
+        layout = ", tiles" if is_tiled(self.qdata) else ""
         if self.activations == "none":
-            return "W4A16"
+            return f"W4A16{layout}"
         per_expert = " per-expert" if self.act_scale is not None and self.act_scale.dim() else ""
-        return f"W4A4 {self.activations}{per_expert}"
+        return f"W4A4 {self.activations}{per_expert}{layout}"
 
     def replace(self, **changes: Any) -> NVFP4Weight:
         """A weight that shares what is not changed."""
@@ -162,12 +167,17 @@ class NVFP4Weight(TorchAOBaseTensor):
     @property
     def lead(self) -> tuple[int, ...]:
         """Sizes of the dims before N and K: of the chosen experts, or of all that are stored."""
-        return tuple(self.qdata.shape[:-2] if self.expert_ids is None else self.expert_ids.shape)
+        return self.stored if self.expert_ids is None else tuple(self.expert_ids.shape)
+
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """Sizes of the dims before N and K of what is stored; its length is the dim of the rows in every part."""
+        return weight_sizes(self.qdata)[0]
 
     @property
     def sizes(self) -> tuple[int, ...]:
         """Sizes of [.., N, K], which :attr:`dims` counts."""
-        return (*self.lead, self.qdata.shape[-2], self.qdata.shape[-1] * 2)
+        return (*self.lead, *weight_sizes(self.qdata)[1:])
 
     @property
     def dims(self) -> Dims:
@@ -177,7 +187,7 @@ class NVFP4Weight(TorchAOBaseTensor):
     def show(self, dims: Sequence[tuple[int, ...]], **changes: Any) -> NVFP4Weight:
         """The same weight, or one with changed parts, shown in other dims of [.., N, K]."""
         ids = changes.get("expert_ids", self.expert_ids)
-        lead = changes.get("qdata", self.qdata).dim() - 2 if ids is None else ids.dim()
+        lead = len(weight_sizes(changes.get("qdata", self.qdata))[0]) if ids is None else ids.dim()
         dims = tuple(dims)
         plain = [transposed for transposed in (False, True) if dims == _plain_dims(lead, transposed)]
         shown = {"transposed": plain[0], "view_dims": None} if plain else {"transposed": False, "view_dims": dims}
@@ -204,6 +214,38 @@ class NVFP4Weight(TorchAOBaseTensor):
         hidden = [d for d in range(w.dim()) if d not in order]
         return w.permute(*order, *hidden).reshape(self.shape)
 
+    def canonical(self) -> NVFP4Weight:
+        """The weight in the canonical layout: itself, or unpacked from tiles into new memory."""
+        if not is_tiled(self.qdata):
+            return self
+        qdata, block_scale = torch.ops.fx_nvfp4.unpack_tiles(self.qdata, self.block_scale)
+        return self.replace(qdata=qdata, block_scale=block_scale.view(torch.float8_e4m3fn))
+
+    def tiled(self, name: str = "weight") -> NVFP4Weight:
+        """The weight in tiles, see :mod:`fx_nvfp4.prepack`: itself, or permuted into new memory.
+
+        Raises:
+            ValueError: sizes that do not fill tiles, or a negative block scale; names the weight.
+        """
+        from .tiling import tiled
+
+        return tiled(self, name)
+
+    def tile_(self, name: str = "weight") -> NVFP4Weight:
+        """Permute the weight into tiles where it lies, in some memory more, whatever its size.
+
+        Raises:
+            ValueError: as :meth:`tiled`, or its memory is not its own; the weight is as before.
+        """
+        from .tiling import tile_
+
+        return tile_(self, name)
+
+    def __tensor_flatten__(self) -> tuple[list[str], dict[str, Any]]:
+        """With the layout among the attributes: they are what Dynamo guards."""
+        names, attributes = super().__tensor_flatten__()
+        return names, {**attributes, LAYOUT: "tiles" if is_tiled(self.qdata) else "canonical"}
+
     @classmethod
     def from_dense(
         cls,
@@ -225,7 +267,7 @@ class NVFP4Weight(TorchAOBaseTensor):
             global_scale = torch.where(amax > 0, amax / nvfp4.TWO_LEVEL_MAX, 1.0)
         global_scale = global_scale.float().expand(weight.shape[:-1]).contiguous()
         qdata, block_scale = nvfp4.quantize(weight.detach(), global_scale.unsqueeze(-1), dialect)
-        return cls(qdata, block_scale, global_scale, weight.dtype, activations, dialect, act_scale=act_scale)
+        return cls(qdata, block_scale.detach(), global_scale, weight.dtype, activations, dialect, act_scale=act_scale)
 
     @classmethod
     def from_torchao(cls, weight: Tensor) -> NVFP4Weight:
@@ -282,13 +324,14 @@ def _check(
     act_scale: Tensor | None,
     expert_ids: Tensor | None,
 ) -> None:
-    nvfp4.check_packed(qdata, block_scale)
+    check_packed(qdata, block_scale)
     get_dialect(dialect)
     if qdata.dim() < 2:
         raise ValueError(f"NVFP4Weight: codes must be [N, K/2] or [E, N, K/2], got {list(qdata.shape)}")
-    if global_scale.dtype != torch.float32 or global_scale.shape != qdata.shape[:-1]:
+    lead, n, _ = weight_sizes(qdata)
+    if global_scale.dtype != torch.float32 or global_scale.shape != (*lead, n):
         raise ValueError(
-            f"NVFP4Weight: global_scale must be float32 {list(qdata.shape[:-1])}, one per output row, "
+            f"NVFP4Weight: global_scale must be float32 {[*lead, n]}, one per output row, "
             f"got {global_scale.dtype} {list(global_scale.shape)}; expand a per-tensor scale"
         )
     if orig_dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -297,14 +340,14 @@ def _check(
         raise ValueError(f"NVFP4Weight: activations must be one of {_MODES}, got {activations!r}")
     if activations != UNCALIBRATED and (activations == "static") != (act_scale is not None):
         raise ValueError("NVFP4Weight: act_scale must be given for static activations, and only for them")
-    per_expert = [list(qdata.shape[:-2])] if qdata.dim() > 2 else []
+    per_expert = [list(lead)] if lead else []
     if act_scale is not None and (act_scale.dtype != torch.float64 or list(act_scale.shape) not in [[], *per_expert]):
         raise ValueError(
             f"NVFP4Weight: act_scale must be float64 of shape {[[], *per_expert]}, "
             f"got {act_scale.dtype} {list(act_scale.shape)}"
         )
-    if expert_ids is not None and (qdata.dim() != 3 or expert_ids.dtype not in (torch.int32, torch.int64)):
-        raise ValueError("NVFP4Weight: expert_ids must be integers and select among 3-D weights")
+    if expert_ids is not None and (len(lead) != 1 or expert_ids.dtype not in (torch.int32, torch.int64)):
+        raise ValueError("NVFP4Weight: expert_ids must be integers and select among the experts of [E, N, K]")
 
 
 # torch.load(weights_only=True) may rebuild the class.

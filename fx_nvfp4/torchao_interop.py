@@ -55,7 +55,7 @@ def from_torchao_parts(
     [] or [E, 1, 1] (multipliers, fp32); act_per_tensor_scale None or [] (None: no second level, which is 1).
     """
     scale = _unswizzled(qdata, scale) if swizzled else scale
-    scale = scale.contiguous().view(*qdata.shape[:-1], -1)
+    scale = scale.contiguous().view(*qdata.shape[:-1], -1).detach()
     global_scale = torch.ones((), device=qdata.device) if per_tensor_scale is None else per_tensor_scale.float()
     global_scale = global_scale.squeeze(-1) if global_scale.dim() == 3 else global_scale
     activations, act_scale = "none", None
@@ -94,6 +94,7 @@ def to_torchao(weight: NVFP4Weight) -> Tensor:
     """See :meth:`NVFP4Weight.to_torchao`."""
     from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, QuantizeTensorToNVFP4Kwargs
 
+    weight = weight.canonical()
     if weight.transposed or weight.expert_ids is not None:
         raise ValueError("to_torchao: convert the stored weight, not a transposed or indexed view of it")
     first = weight.global_scale[..., :1]

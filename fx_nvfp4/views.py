@@ -18,7 +18,9 @@ from torch import Tensor
 from torchao.utils import fill_defaults
 
 from .format import BLOCK
-from .parts import as_bytes, map_parts, of_lead
+from .layouts import is_tiled
+from .parts import as_bytes, map_parts, of_lead, rows_each
+from .prepack import TILE_K, TILE_ROWS
 from .regroup import regroup
 from .tensor import NVFP4Weight, unsupported
 
@@ -121,7 +123,7 @@ def _choose(func: Any, w: NVFP4Weight, indices: Sequence[Tensor | None]) -> NVFP
 
 def _as_experts(w: NVFP4Weight) -> NVFP4Weight:
     """w with its stored leading dims as one, which expert ids count."""
-    if w.expert_ids is not None or w.qdata.dim() == 3:
+    if w.expert_ids is not None or len(w.stored) == 1:
         return w
     scale = w.act_scale
     scale = scale.reshape(-1) if scale is not None and scale.dim() else scale
@@ -130,7 +132,8 @@ def _as_experts(w: NVFP4Weight) -> NVFP4Weight:
 
 def _gather_rows(func: Any, w: NVFP4Weight, dim: int, index: Tensor) -> NVFP4Weight:
     """Rows in another order: codes and scales move, at each call."""
-    rows = w.qdata.dim() - 2
+    w = w.canonical()
+    rows = len(w.stored)
     if index.dim() != 1:
         raise unsupported(
             func, w, f"rows along dim {dim} indexed with {list(index.shape)}, only a list of rows is served"
@@ -150,8 +153,7 @@ def _select(func: Any, types: Any, args: Any, kwargs: Any) -> NVFP4Weight:
         raise unsupported(func, w, "one element of K selected; only experts and rows can be")
     if a == len(w.lead):
         row = index + w.sizes[a] if index < 0 else index
-        one = map_parts(w, lambda t: t.narrow(w.qdata.dim() - 2, row, 1), kept, w.act_scale)
-        return one
+        return map_parts(w.canonical(), lambda t: t.narrow(len(w.stored), row, 1), kept, w.act_scale)
     dims = [tuple(b - (b > a) for b in merged) for merged in kept]
     return of_lead(w, dims, lambda t: t.select(a, index))
 
@@ -175,11 +177,26 @@ def _slice(func: Any, types: Any, args: Any, kwargs: Any) -> NVFP4Weight:
     if a == len(w.lead) + 1:
         cut = _slice_blocks(func, w, start, end, step)
     elif a == len(w.lead):
-        rows = w.qdata.dim() - 2
-        cut = map_parts(w, lambda t: aten.slice.Tensor(t, rows, start, end, step), w.dims, w.act_scale)
+        cut = _slice_rows(w, start, end, step)
     else:
         cut = of_lead(w, w.dims, lambda t: aten.slice.Tensor(t, a, start, end, step))
     return cut
+
+
+def _slice_rows(w: NVFP4Weight, start: int | None, end: int | None, step: int) -> NVFP4Weight:
+    """Whole tiles stay tiles; other rows are unpacked from them, at each call."""
+    rows = len(w.stored)
+    if not is_tiled(w.qdata):
+        return map_parts(w, lambda t: aten.slice.Tensor(t, rows, start, end, step), w.dims, w.act_scale)
+    first, last, _ = slice(start, end).indices(w.sizes[-2])
+    if step != 1 or first % TILE_ROWS or last % TILE_ROWS:
+        return _slice_rows(w.canonical(), start, end, step)
+
+    def cut(part: Tensor) -> Tensor:
+        each = rows_each(w, part)
+        return part.narrow(rows, first // each, max(last - first, 0) // each)
+
+    return map_parts(w, cut, w.dims, w.act_scale)
 
 
 def _slice_blocks(func: Any, w: NVFP4Weight, start: int | None, end: int | None, step: int) -> NVFP4Weight:
@@ -187,6 +204,11 @@ def _slice_blocks(func: Any, w: NVFP4Weight, start: int | None, end: int | None,
     start, end, _ = slice(start, end).indices(w.sizes[-1])
     if step != 1 or start % BLOCK or end % BLOCK:
         raise unsupported(func, w, f"K sliced {start}:{end}:{step}, only whole blocks of {BLOCK} can be cut out")
+    if is_tiled(w.qdata):
+        if start % TILE_K or end % TILE_K:
+            return _slice_blocks(func, w.canonical(), start, end, step)
+        words, scales = (t.narrow(-3, start // TILE_K, (end - start) // TILE_K) for t in (w.qdata, w.block_scale))
+        return w.replace(qdata=words, block_scale=scales)
     scale = as_bytes(w.block_scale, lambda t: t[..., start // BLOCK : end // BLOCK])
     return w.replace(qdata=w.qdata[..., start // 2 : end // 2], block_scale=scale)
 
@@ -236,6 +258,8 @@ def _with_lead(w: NVFP4Weight, dims: list[tuple[int, ...]]) -> NVFP4Weight:
 def _cat(func: Any, types: Any, args: Any, kwargs: Any) -> NVFP4Weight:
     weights, dim = fill_defaults(args, 2, [kwargs.get("dim", 0)])
     _check_alike(func, weights)
+    if len({is_tiled(w.qdata) for w in weights}) > 1:
+        weights = [w.canonical() for w in weights]
     first = weights[0]
     at = _single(func, first, dim % first.dim())
     if at == len(first.lead) + 1 or (at == len(first.lead) and first.act_scale is not None):
@@ -244,7 +268,7 @@ def _cat(func: Any, types: Any, args: Any, kwargs: Any) -> NVFP4Weight:
     bytes_ = torch.cat([w.block_scale.view(torch.uint8) for w in weights], at)
     return first.replace(
         qdata=torch.cat([w.qdata for w in weights], at),
-        block_scale=bytes_.view(torch.float8_e4m3fn),
+        block_scale=bytes_.view(first.block_scale.dtype),
         global_scale=torch.cat([w.global_scale for w in weights], at),
         act_scale=torch.cat(scales, at) if scales else None,
     )

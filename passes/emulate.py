@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, fx
 from torch.fx import Node
 
+from fx_nvfp4.layouts import is_tiled
 from fx_nvfp4.report import Cost, Match, Refusal, Report
 
 from .activation_sites import settle_activations
 from .emitter import CannotRewriteError
 from .experts import Memo, Site, find_sites
 from .lift import lift as lift_blocks
-from .nodes import arguments, hint, shape_of
+from .nodes import arguments, hint, shape_of, weight_shape
 from .place import origin, where
 from .rewrite import rewrite
 from .settings import Settings, adjust_products
@@ -127,9 +128,9 @@ def _not_served(site: Site, error: CannotRewriteError) -> Refusal:
 def _moe_matches(node: Node, names: Mapping[Node, str]) -> list[Match]:
     """One for each weight of a moe op that the model calls itself."""
     a = arguments(node)
-    rows = -(-math.prod(map(hint, shape_of(a.ids))) // hint(shape_of(a.down_qdata)[0]))
+    rows = -(-math.prod(shape_of(a.ids)) // weight_shape(a.down_qdata)[0])
     x, down = a.x.meta["val"], a.down_qdata
-    hidden = f"{math.prod(map(hint, shape_of(a.ids)))} x {hint(shape_of(down)[2]) * 2}"
+    hidden = f"{math.prod(shape_of(a.ids))} x {weight_shape(down)[2]}"
     given = [(q, " x ".join(map(str, x.shape)), a.up_activations, (a.up_act_scale or [None])[0]) for q in a.up_qdata]
     given.append((down, hidden, a.down_activations, a.down_act_scale))
     return [
@@ -137,13 +138,11 @@ def _moe_matches(node: Node, names: Mapping[Node, str]) -> list[Match]:
             where=where(node),
             weight=origin(codes, names),
             op="moe",
-            experts=hint(shape_of(codes)[0]),
-            n=hint(shape_of(codes)[1]),
-            k=hint(shape_of(codes)[2]) * 2,
+            **dict(zip(("experts", "n", "k"), weight_shape(codes), strict=True)),
             x=left,
             dtype=str(x.dtype).removeprefix("torch."),
             activations=_format(mode, scale, a.dialect),
-            source=_AS_IT_IS[0],
+            source=_source(_AS_IT_IS[0], codes),
             rows=rows,
             device=x.device.type,
         )
@@ -153,28 +152,28 @@ def _moe_matches(node: Node, names: Mapping[Node, str]) -> list[Match]:
 
 def _match(node: Node, names: Mapping[Node, str], source: str, notes: tuple[str, ...]) -> Match:
     left, codes = node.all_input_nodes[:2]
-    x, qdata = left.meta["val"], codes.meta["val"]
+    x = left.meta["val"]
+    *lead, n, k = weight_shape(codes)
+    experts = lead[0] if lead else 0
     return Match(
         where=where(node),
         weight=origin(codes, names),
         op=_OPS[node.target],  # type: ignore[index]
-        experts=hint(qdata.shape[0]) if qdata.dim() == 3 else 0,
-        n=hint(qdata.shape[-2]),
-        k=hint(qdata.shape[-1]) * 2,
+        experts=experts,
+        n=n,
+        k=k,
         x=" x ".join(map(str, x.shape)),
         dtype=str(x.dtype).removeprefix("torch."),
         activations=_activations(node),
-        source=source,
+        source=_source(source, codes),
         notes=notes,
-        rows=_rows(x, qdata),
+        rows=-(-math.prod(map(hint, x.shape[:-1])) // max(1, experts)),
         device=x.device.type,
     )
 
 
-def _rows(x: Tensor, qdata: Tensor) -> int:
-    """Rows of x that one weight is expected to multiply, if experts are chosen evenly."""
-    rows = math.prod(map(hint, x.shape[:-1]))
-    return -(-rows // hint(qdata.shape[0])) if qdata.dim() == 3 else rows
+def _source(source: str, codes: Node) -> str:
+    return f"{source}, tiles" if is_tiled(codes.meta["val"]) else source
 
 
 def _activations(node: Node) -> str:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from .nodes import arguments, is_tensor, shape_of
+from .nodes import arguments, is_tensor, shape_of, weight_shape
 
 aten = torch.ops.aten
 nvfp4 = torch.ops.fx_nvfp4
@@ -52,8 +52,8 @@ class ExpertProduct:
     @property
     def experts(self) -> int:
         """Number of experts, 0 where the weight is one by itself."""
-        shape = shape_of(self.parts[0])
-        return shape[0] if len(shape) == 3 else 0
+        *experts, _, _ = weight_shape(self.parts[0])
+        return experts[0] if experts else 0
 
     @property
     def k(self) -> int:
@@ -101,8 +101,8 @@ def expert_product(node: Node) -> ExpertProduct | None:
     a = arguments(node)
     routing = {"indexed": getattr(a, "ids", None), "grouped": getattr(a, "offs", None)}.get(kind)
     parts, act_scale, expert, first = (a.qdata, a.block_scale, a.global_scale), a.act_scale, None, 0
-    rows = shape_of(a.qdata)[-2]
-    if sliced := _alike([_sliced(part, dim) for part, dim in zip(parts, (-2, -2, -1), strict=True)]):
+    *lead, rows, _ = weight_shape(a.qdata)
+    if sliced := _alike([_sliced(part, len(lead), rows) for part in parts]):
         parts, first = sliced
     if kind == "linear" and (merged := _alike([_merged(part) for part in parts])):
         (parts, (_, rows)), kind = merged, "merged"
@@ -133,15 +133,15 @@ def _bare(part: Any) -> Any:
     return part
 
 
-def _sliced(part: Node, dim: int) -> tuple[Node, int] | None:
-    """(what a part is some of the rows of, first of these)."""
+def _sliced(part: Node, dim: int, rows: int) -> tuple[Node, int] | None:
+    """(what a part with so many rows along dim is some of the rows of, first of these)."""
     part = _bare(part)
     if part.target is not aten.slice.Tensor:
         return None
-    a, rank = arguments(part), len(shape_of(part))
-    start = a.start or 0
-    fits = a.dim % rank == dim % rank and a.step == 1 and isinstance(start, int) and start >= 0
-    return (_bare(a.self), start) if fits else None
+    a, shape = arguments(part), shape_of(part)
+    start, each = a.start or 0, rows // max(shape[dim], 1)  # a tile has several
+    fits = a.dim % len(shape) == dim and a.step == 1 and isinstance(start, int) and start >= 0
+    return (_bare(a.self), start * each) if fits else None
 
 
 def _selected(part: Any) -> tuple[Node, int] | None:

@@ -20,7 +20,7 @@ from .coords import Coords
 from .expert_products import ExpertProduct, Parts, own_parts
 from .expression import Operand, Traced
 from .found import Refused
-from .nodes import elements, flat_index, shape_of
+from .nodes import elements, flat_index, shape_of, weight_shape
 
 # Rounding errors of an activation in units of the last place, which its steps in bfloat16 add up.
 _TOLERANCE = 16
@@ -63,7 +63,7 @@ class Half:
     @property
     def whole(self) -> int:
         """Rows of the weight it is of."""
-        return shape_of(self.product.parts[0])[-2]
+        return weight_shape(self.product.parts[0])[-2]
 
 
 def half(
@@ -93,7 +93,7 @@ def _bias(operand: Operand, product: ExpertProduct, expert: Tensor, feature: Ten
     if bias is None:
         return None
     assert isinstance(operand.bias_at, Coords)
-    read, size, whole = flat_index(bias, operand.bias_at.index), elements(bias), shape_of(product.parts[0])[-2]
+    read, size, whole = flat_index(bias, operand.bias_at.index), elements(bias), weight_shape(product.parts[0])[-2]
     experts = max(product.experts, 1)
     if product.experts == 0:
         expert = torch.zeros_like(expert)

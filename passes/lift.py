@@ -22,7 +22,7 @@ from .expert_ids import count_from_zero
 from .expert_products import own_parts
 from .found import Almost, Refused
 from .known import Known
-from .nodes import arguments, hint, same_size, shape_of
+from .nodes import arguments, same_size, shape_of, weight_shape
 from .place import origin, where
 from .rounding import check_result
 from .search import candidates, find_units, why_none, why_trained
@@ -168,14 +168,15 @@ def _operands(emit: Emitter, block: Block) -> dict[str, Any]:
         raise CannotRewriteError("products of one block quantise activations differently", "give them one rule")
     down_parts = down.parts if down.kind == "linear" else own_parts(down)
     for part, rows in ((down_parts[0], down.rows), *((up.parts[0], None) for up in gating.ups)):
-        if len(shape(part)) != 3 or rows not in (None, hint(shape(part)[1])):
-            raise CannotRewriteError(f"only some rows of a weight {shape(part)} are used", "use all of them")
+        whole = weight_shape(part)
+        if len(whole) != 3 or rows not in (None, whole[1]):
+            raise CannotRewriteError(f"only some rows of a weight {list(whole)} are used", "use all of them")
     names = ("qdata", "block_scale", "global_scale")
     parts: dict[str, Any] = {f"up_{name}": [up.parts[i] for up in gating.ups] for i, name in enumerate(names)}
     parts.update({f"down_{name}": part for name, part in zip(names, down_parts, strict=True)})
     up_bias = None
     if any(up.bias for up in gating.ups):
-        up_bias = [_bias(emit, up.bias, c, hint(shape(up.parts[0])[1])) for up in gating.ups]
+        up_bias = [_bias(emit, up.bias, c, weight_shape(up.parts[0])[1]) for up in gating.ups]
     down_bias = _bias(emit, block.down_biases[0], c, down.rows) if block.down_biases else None
     return {
         **parts,

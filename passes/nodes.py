@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from fx_nvfp4.layouts import weight_sizes
+
 CASTS = {torch.ops.prims.convert_element_type.default, torch.ops.aten._to_copy.default}
 UNKNOWN_SIZE = 8  # for sizes that only running the graph will tell
 
@@ -78,6 +80,12 @@ def same_size(a: Any, b: Any) -> bool:
 
 def shape_of(node: Node) -> tuple[int, ...]:
     return tuple(hint(size) for size in node.meta["val"].shape)
+
+
+def weight_shape(codes: Node) -> tuple[int, ...]:
+    """Sizes [.., N, K] of the packed weight that has these codes, in either layout."""
+    lead, n, k = weight_sizes(codes.meta["val"])
+    return tuple(hint(size) for size in (*lead, n, k))
 
 
 def is_tensor(node: Any) -> bool:

@@ -15,7 +15,7 @@ from torch import fx
 from torch.fx import Node
 
 from .emitter import Emitter, shape
-from .nodes import arguments, put_arguments
+from .nodes import arguments, put_arguments, weight_shape
 from .place import where
 from .settings import PRODUCTS, Settings
 
@@ -27,7 +27,9 @@ def share_all_scales(graph: fx.Graph, settings: Settings) -> list[str]:
     """Change every op of experts, if the settings say so; notes on what was changed, and why something was not."""
     if settings.shared_scales is None:
         return []
-    ops = [n for n in graph.nodes if n.target is _MOE or (n.target in PRODUCTS and shape(arguments(n).qdata)[2:])]
+    ops = [
+        n for n in graph.nodes if n.target is _MOE or (n.target in PRODUCTS and weight_shape(arguments(n).qdata)[2:])
+    ]
     return list(dict.fromkeys(f"{where(op)}: {_share_scales(graph, op)}" for op in ops))
 
 

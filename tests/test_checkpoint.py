@@ -24,6 +24,8 @@ from fx_nvfp4 import format as nvfp4
 from fx_nvfp4 import reference as bodies
 from fx_nvfp4.checkpoint import load
 from fx_nvfp4.checkpoints.scheme import read_scheme, without_quantization
+from fx_nvfp4.layouts import is_tiled
+from fx_nvfp4.prepack import supports
 
 transformers = pytest.importorskip("transformers")
 
@@ -137,6 +139,21 @@ def test_torchao_swizzle_is_undone():
     assert len(saved) == 2
     for parameter, expected in saved.items():
         assert torch.equal(model.get_parameter(parameter).dequantize()[: len(expected)], expected)
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_prepacked_weights_compute_the_same(name, caplog):
+    folder, ids = CHECKPOINTS[name], target(name)[0]
+    plain = load(folder, progress=False)  # on a CPU, nothing is prepacked unless asked for
+    with caplog.at_level(logging.INFO, "fx_nvfp4"):
+        model = load(folder, prepack=True, progress=False)
+    packed = {n: p for n, p in model.named_parameters() if isinstance(p, NVFP4Weight)}
+    tiled = {n for n, p in packed.items() if is_tiled(p.qdata)}
+    assert tiled == {n for n, p in packed.items() if supports(*p.sizes[-2:])}
+    assert tiled
+    assert f"prepack: {len(tiled)} packed weights put into tiles, {len(packed) - len(tiled)} left" in caplog.text
+    assert not any(is_tiled(p.qdata) for p in plain.parameters() if isinstance(p, NVFP4Weight))
+    assert torch.equal(logits(model, ids), logits(plain, ids))
 
 
 def test_no_dense_copy_is_made_on_the_way():

@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from fx_nvfp4.format import BLOCK, code_times_scale
-from fx_nvfp4.prepack import DECODED_FACTOR, _gated_tiles, decode_tiles, permute_k, prepack, supports, unpack_tiles
+from fx_nvfp4.prepack import DECODED_FACTOR, decode_tiles, permute_k, prepack, supports, unpack_tiles
 
 NOT_NEGATIVE = [byte for byte in range(256) if byte < 0x81 or byte == 0xFF]
-ROWS = ("plain", "stacked", "interleaved")
 
 
 def weight(*shape: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -20,14 +19,13 @@ def weight(*shape: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     return qdata, scales[index].view(torch.float8_e4m3fn)
 
 
-@pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("shape", [(16, 64), (3, 32, 192), (2, 1, 48, 128)])
-def test_round_trip_keeps_every_bit_and_adds_none(shape, rows):
+def test_round_trip_keeps_every_bit_and_adds_none(shape):
     qdata, block_scale = weight(*shape)
-    words, scales = prepack(qdata, block_scale, rows)
+    words, scales = prepack(qdata, block_scale)
     assert words.numel() * 4 == qdata.numel()
     assert scales.numel() == block_scale.numel()
-    again, scale_again = unpack_tiles(words, scales, rows)
+    again, scale_again = unpack_tiles(words, scales)
     assert torch.equal(again, qdata)
     assert torch.equal(scale_again.view(torch.uint8), block_scale.view(torch.uint8))
 
@@ -39,19 +37,12 @@ def test_round_trip_of_every_scale():
     assert torch.equal(again.view(torch.uint8), block_scale.view(torch.uint8))
 
 
-@pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_decoded_tiles_are_exact_products(dtype, rows):
+def test_decoded_tiles_are_exact_products(dtype):
     qdata, block_scale = weight(128, 512, seed=1)
-    expected = permute_k(_gated_tiles(code_times_scale(qdata, block_scale), rows))
-    found = decode_tiles(*prepack(qdata, block_scale, rows), dtype).float() * DECODED_FACTOR
+    expected = permute_k(code_times_scale(qdata, block_scale))
+    found = decode_tiles(*prepack(qdata, block_scale), dtype).float() * DECODED_FACTOR
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
-
-
-def test_gate_and_up_rows_share_a_tile():
-    x = torch.arange(32).unsqueeze(-1)
-    assert _gated_tiles(x, "stacked")[:16, 0].tolist() == [*range(8), *range(16, 24)]
-    assert _gated_tiles(x, "interleaved")[:16, 0].tolist() == [*range(0, 16, 2), *range(1, 16, 2)]
 
 
 @pytest.mark.parametrize(("n", "k"), [(8, 64), (24, 64), (16, 16), (16, 96), (0, 64)])

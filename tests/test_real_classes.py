@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import fx_nvfp4
 from fx_nvfp4 import NVFP4Weight
 from fx_nvfp4.backend import collect_reports
 from fx_nvfp4.report import Report
@@ -101,11 +102,11 @@ def fresh_dynamo():
     torch._dynamo.reset()
 
 
-def build(cls: Class, activations: str = "none", dtype: torch.dtype = torch.float32) -> nn.Module:
+def build(cls: Class, activations: str = "none", dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:
     """A random model with its experts and linear layers packed, router, embeddings and head as they are."""
     if not hasattr(transformers, cls.name):
         pytest.skip(f"transformers {transformers.__version__} has no {cls.name}")
-    config = getattr(transformers, cls.config_class)(**{**COMMON, **cls.config})
+    config = getattr(transformers, cls.config_class)(**{**COMMON, **cls.config, **changes})
     torch.manual_seed(0)
     model = getattr(transformers, cls.name)(config).to(dtype).eval().requires_grad_(False)
     for name, module in list(model.named_modules()):
@@ -171,6 +172,22 @@ def test_experts_become_the_op_and_logits_are_eagers(cls, how, activations):
     # Every packed parameter runs as an op: experts, and all linear layers but the head.
     names = {n for n, p in model.named_parameters() if isinstance(p.data, NVFP4Weight)}
     assert {m.weight for m in report.matched} == names
+
+
+@pytest.mark.parametrize("cls", CLASSES[2:5], ids=name_of)
+def test_prepacked_weights_give_the_same_logits_and_ops(cls):
+    # DeepSeek-V3's low-rank projections do not fill tiles, and stay as they are.
+    model = build(cls, "static", intermediate_size=128, moe_intermediate_size=64)
+    if "" not in cls.how:
+        model.set_experts_implementation(next(iter(cls.how)))
+    with torch.no_grad():
+        canonical = model(input_ids=tokens()).logits
+        left = fx_nvfp4.prepack(model).left
+        assert torch.equal(model(input_ids=tokens()).logits, canonical)
+    report = check(model, tokens())
+    assert all(("tiles" in m.source) != (m.weight in left) for m in report.matched)
+    assert all("tiles" in m.source for m in report.matched if m.experts)
+    assert [b.lifted for b in report.blocks] == [True] * LAYERS
 
 
 @pytest.mark.parametrize("cls", CLASSES, ids=name_of)

@@ -48,9 +48,10 @@ def loaded(folder: Path, **options) -> nn.Module:
 # What real producers wrote
 
 
+@pytest.mark.parametrize("prepack", [False, True])
 @pytest.mark.parametrize("name", REAL)
-def test_a_real_checkpoint_comes_back_byte_for_byte(name, tmp_path):
-    save(loaded(REAL[name]), tmp_path, producer_of(name))
+def test_a_real_checkpoint_comes_back_byte_for_byte(name, prepack, tmp_path):
+    save(loaded(REAL[name], prepack=prepack), tmp_path, producer_of(name))
     config, tensors = read(REAL[name])
     our_config, ours = read(tmp_path)
     # Scales of a quantised KV cache are not loaded, which load logs.

@@ -25,6 +25,9 @@ def make_weight(shape=(E, N, K), dtype=torch.bfloat16, seed=0, **kwargs):
     return NVFP4Weight.from_dense(dense, global_scale=scale, **kwargs)
 
 
+LAYOUTS = {"canonical": NVFP4Weight.canonical, "tiles": NVFP4Weight.tiled}
+
+
 def hold(weight):
     return nn.Parameter(weight, requires_grad=False)
 
@@ -43,8 +46,9 @@ def test_global_scales_stay_apart_for_each_row():
     assert torch.equal(weight.dequantize(torch.float32), expected)
 
 
-def test_to_changes_the_shown_dtype_and_nothing_packed():
-    weight = make_weight()
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_to_changes_the_shown_dtype_and_nothing_packed(layout):
+    weight = layout(make_weight())
     moved = weight.to(torch.float32)
     assert moved.dtype == torch.float32
     assert same(moved, weight)
@@ -60,9 +64,10 @@ def test_module_to_float32_keeps_weights_packed():
     assert module.w.act_scale.dtype == torch.float64, "a rounded activation scale would lose its reciprocal"
 
 
-def test_state_dict_deepcopy_and_weights_only_save():
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_state_dict_deepcopy_and_weights_only_save(layout):
     module = nn.Module()
-    module.w = hold(make_weight(activations="static", act_scale=torch.rand(E, dtype=torch.float64)))
+    module.w = hold(layout(make_weight(activations="static", act_scale=torch.rand(E, dtype=torch.float64))))
     buffer = io.BytesIO()
     torch.save(module.state_dict(), buffer)
     buffer.seek(0)
@@ -74,11 +79,13 @@ def test_state_dict_deepcopy_and_weights_only_save():
     assert same(other.w.data, module.w.data)
 
 
-def test_safetensors_round_trip(tmp_path):
-    state = {"experts.w": make_weight(activations="dynamic"), "norm": torch.rand(7)}
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_safetensors_round_trip(tmp_path, layout):
+    weight = make_weight(activations="dynamic")
+    state = {"experts.w": layout(weight), "norm": torch.rand(7)}
     fx_nvfp4.save_file(state, tmp_path / "m.safetensors")
     loaded = fx_nvfp4.load_file(tmp_path / "m.safetensors")
-    assert same(loaded["experts.w"], state["experts.w"])
+    assert same(loaded["experts.w"], weight)
     assert loaded["experts.w"].activations == "dynamic"
     assert torch.equal(loaded["norm"], state["norm"])
 
@@ -141,9 +148,11 @@ def expected(module, x, ids, offs):
     return chosen, chosen, grouped, lin, lin[None], x @ w[2].T, x @ w[1].T, x @ w[:, N // 2 :].mT
 
 
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-def test_products_equal_dense_ones_eager_and_compiled_in_one_graph(context):
+def test_products_equal_dense_ones_eager_and_compiled_in_one_graph(context, layout):
     module = Everything()
+    module.w, module.linear.weight = hold(layout(module.w)), hold(layout(module.linear.weight))
     x, ids = torch.randn(5, K).bfloat16(), torch.tensor([0, 1, 3, 3, 2])
     offs = torch.tensor([1, 1, 3, 5], dtype=torch.int32)
     with context():
@@ -232,6 +241,11 @@ def test_arithmetic_on_a_packed_weight_is_refused_with_advice():
     ("change", "message"),
     [
         ({"qdata": torch.ones(E, N, K // 2)}, r"codes: expected uint8, got float32"),
+        (
+            {"qdata": torch.ones(E, N, K // 8, dtype=torch.int32)},
+            r"tiles: expected words int32 .* got int32 \[4, 96, 8\]",
+        ),
+        ({"qdata": torch.ones(E, 6, 1, 32, 4, dtype=torch.int32)}, r"scales uint8 .* and float8_e4m3fn \[4, 96, 4\]"),
         ({"qdata": torch.ones(2, E, N, K // 2, dtype=torch.uint8)}, r"one scale per 16 elements"),
         ({"block_scale": torch.ones(E, N, K // 16)}, r"block scales: expected float8_e4m3fn"),
         ({"global_scale": torch.ones(E)}, r"global_scale must be float32 \[4, 96\].*expand a per-tensor scale"),

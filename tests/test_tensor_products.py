@@ -6,7 +6,7 @@ two dims, more than three dims, broadcast, alpha and beta, one activation scale 
 
 import pytest
 import torch
-from test_tensor import E, K, N, make_weight
+from test_tensor import LAYOUTS, E, K, N, make_weight
 
 import fx_nvfp4
 from fx_nvfp4 import format as nvfp4
@@ -71,9 +71,10 @@ PRODUCTS = {
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 @pytest.mark.parametrize("name", PRODUCTS)
-def test_product_means_the_same_in_every_mode(name, context):
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_product_means_the_same_in_every_mode(name, context, layout):
     product, shape = PRODUCTS[name]
-    weight, x = make_weight(dtype=torch.float32), torch.randn(shape)
+    weight, x = layout(make_weight(dtype=torch.float32)), torch.randn(shape)
     with context():
         got = product(x, weight)
     assert type(got) is torch.Tensor

@@ -6,9 +6,10 @@ size 1, weights stored transposed, activation scales that follow their experts, 
 
 import pytest
 import torch
-from test_tensor import E, K, N, make_weight
+from test_tensor import LAYOUTS, E, K, N, make_weight
 
 from fx_nvfp4 import NVFP4Weight
+from fx_nvfp4.layouts import is_tiled
 
 IDS = torch.tensor([[3, 0, 1], [1, -1, 3]])
 
@@ -77,8 +78,9 @@ VIEWS = {
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 @pytest.mark.parametrize("name", VIEWS)
-def test_view_shows_what_the_dense_view_shows(name, context):
-    weight = make_weight(dtype=torch.float32)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_view_shows_what_the_dense_view_shows(name, context, layout):
+    weight = layout(make_weight(dtype=torch.float32))
     dense = weight.dequantize()
     with context():
         view = VIEWS[name](weight)
@@ -94,6 +96,32 @@ def test_views_of_weights_stored_transposed(name):
     plain |= {"merged K of all": lambda w: w.reshape(E * K, N), "repeated": lambda w: w.expand(3, E, K, N)}
     view = plain.get(name, VIEWS[name])
     assert torch.equal(view(weight).dequantize(), view(weight.dequantize()))
+
+
+# What cuts through tiles; everything else keeps them.
+CUT = {
+    *("rows of an uneven split", "rows narrowed", "every second row", "rows gathered", "rows gathered by index_select"),
+    *("one row", "rows in pairs", "blocks of K", "blocks of K split", "mT and rows", "merged rows of some"),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_views_keep_tiles_that_they_do_not_cut(name):
+    assert is_tiled(VIEWS[name](make_weight().tiled()).qdata) == (name not in CUT)
+
+
+def test_whole_tiles_of_k_stay_tiles():
+    weight = make_weight((N, 4 * K), dtype=torch.float32)
+    view = weight.tiled()[:, K : 3 * K]
+    assert is_tiled(view.qdata)
+    assert torch.equal(view.dequantize(), weight.dequantize()[:, K : 3 * K])
+
+
+def test_weights_of_both_layouts_are_joined():
+    weight = make_weight(dtype=torch.float32)
+    for dim in (0, 1):
+        both = torch.cat([weight, weight.tiled()], dim=dim)
+        assert torch.equal(both.dequantize(), torch.cat([weight.dequantize()] * 2, dim=dim))
 
 
 SCALES = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
@@ -112,8 +140,9 @@ SCALES = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
         (lambda w: torch.stack([w, w]), torch.stack([SCALES, SCALES])),
     ],
 )
-def test_activation_scales_follow_their_experts(view, expected):
-    weight = make_weight(activations="static", act_scale=SCALES)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_activation_scales_follow_their_experts(view, expected, layout):
+    weight = layout(make_weight(activations="static", act_scale=SCALES))
     torch.testing.assert_close(view(weight).act_scale, expected.double())
 
 

@@ -109,6 +109,15 @@ def test_style_with_spellings(style, packing, dtype, dynamic):
     emulated(recipe, dynamic)
 
 
+@pytest.mark.parametrize("style", STYLES)
+def test_weights_in_tiles_become_what_canonical_ones_become(style):
+    form = ("concatenated", "interleaved", "separate")[list(STYLES).index(style) % 3]
+    recipe = Recipe(style=style, form=form, packing=TENSOR, dtype=torch.bfloat16, experts=2, intermediate=64)
+    recipe = replace(recipe, form="concatenated") if unsupported(recipe) else recipe
+    o = emulated(recipe, options={"prepack": "always"})
+    assert {m.source for m in o.report.matched} == {"packed tensor, tiles"}
+
+
 @pytest.mark.parametrize("style", ["linear", "einsum", "grouped_mm", "dense_einsum", "titan_padded", "list_masked"])
 def test_everything_dynamic(style):
     emulated(Recipe(style=style, dtype=torch.bfloat16, experts=2), "all")

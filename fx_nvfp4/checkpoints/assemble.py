@@ -47,6 +47,7 @@ class Assembler:
         total = sum(move.stored.size for move in self._moves)
         with tqdm(total=total, desc="NVFP4 checkpoint", unit="B", unit_scale=True, disable=not self._progress) as bar:
             move_all(self._reader, self._moves, bar)
+        self._moves = []  # nobody else is to hold on to the memory of weights
         for name, parts in torchao.items():
             found[name] = plan.torchao[name].assemble(parts, orig_dtype=self._dtype, dialect=self._dialect)
         return found
@@ -68,7 +69,7 @@ class Assembler:
         act_scale = _act_scale(plan)
         return NVFP4Weight(
             qdata,
-            block_scale.view(torch.float8_e4m3fn),
+            block_scale.view(torch.float8_e4m3fn).detach(),
             global_scale,
             self._dtype,
             plan.activations,

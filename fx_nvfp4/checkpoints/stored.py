@@ -54,7 +54,7 @@ def stored_tensors(model: Any, convention: Convention) -> Iterator[dict[str, Ten
 
 def _pieces(name: str, place: Place, weight: NVFP4Weight, model: Any, split: bool) -> Iterator[Piece]:
     layout = _layout(model, place.parameter) if weight.dim() == 3 else Layout()
-    canonical = weight.replace(transposed=False)
+    canonical = weight.canonical().replace(transposed=False)
     if weight.dim() == 2:
         yield Piece(name.removesuffix(".weight"), canonical)
     elif place.expert is not None:

@@ -3,7 +3,7 @@
 An expert's codes are read once, and decoded at most 32 rows at a time; those of an expert that no row chose are not
 touched. Arithmetic and rounding are those of :mod:`fx_nvfp4.reference` and :mod:`fx_nvfp4.block`; only the order of
 the fp32 sum differs, and on a CPU that multiplies pairs of bf16, numbers below 2^-126 count as zero in bf16. What the
-library does not compute, the plain bodies do.
+library does not compute, the plain bodies do. Weights in tiles are unpacked at each call.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ def linear(x: Tensor, qdata: Tensor, block_scale: Tensor, global_scale: Tensor, 
     rows = x.reshape(-1, x.shape[-1])
     operand, multiplier = _enter(rows, act, None, 1)
     one = Projection(qdata.unsqueeze(0), block_scale.unsqueeze(0), global_scale.unsqueeze(0), None, act)
-    return _product(operand, multiplier, one, None).reshape(*x.shape[:-1], qdata.shape[0])
+    return _product(operand, multiplier, one, None).reshape(*x.shape[:-1], one.n)
 
 
 def batched(x: Tensor, qdata: Tensor, block_scale: Tensor, global_scale: Tensor, act: Activations) -> Tensor:
     ids = torch.arange(x.shape[0]).repeat_interleave(x.shape[1])
     y = indexed(x.reshape(-1, x.shape[-1]), qdata, block_scale, global_scale, ids, act)
-    return y.view(*x.shape[:2], qdata.shape[1])
+    return y.view(*x.shape[:2], y.shape[-1])
 
 
 def indexed(
@@ -65,7 +65,7 @@ def grouped(
 
 def moe(x: Tensor, ids: Tensor, weights: Tensor, block: Block) -> Tensor:
     if ids.numel() == 0:
-        return x.new_zeros(x.shape[0], block.down.qdata.shape[1])
+        return x.new_zeros(x.shape[0], block.down.n)
     top, slot_ids = ids.shape[1], ids.reshape(-1).long()
     if block.rows_apart:
         x, top = x.repeat_interleave(top, dim=0), 1
@@ -76,7 +76,7 @@ def moe(x: Tensor, ids: Tensor, weights: Tensor, block: Block) -> Tensor:
 
 def _activated(ups: list[Tensor], block: Block) -> Tensor:
     """The activation of up products [S, N] in their dtype, in chunks: large fp32 tensors cost more than they hold."""
-    h = ups[0].new_empty(ups[0].shape[0], block.down.qdata.shape[2] * 2)
+    h = ups[0].new_empty(ups[0].shape[0], block.down.k)
     size = max(1, _CHUNK // max(1, h.shape[1]))
     for i in range(0, h.shape[0], size):
         h[i : i + size] = block.activation.evaluate(*block.split([up[i : i + size] for up in ups]))
@@ -123,7 +123,8 @@ def _enter(x: Tensor, act: Activations, group: Tensor | None, groups: int) -> tu
 
 def _product(x: Tensor, multiplier: Tensor | None, p: Projection, ids: Tensor | None, top: int = 1) -> Tensor:
     """x [R, K] by the experts of slots, ids int64 [R * top], or all by expert 0 -> [R * top, N] in x's dtype."""
-    experts, n, k = p.qdata.shape[0], p.qdata.shape[1], x.shape[1]
+    p = p.canonical()
+    experts, n, k = p.qdata.shape[0], p.n, x.shape[1]
     x, codes, scales = _rows(x), _rows(p.qdata), _rows(p.block_scale)
     ids = None if ids is None else ids.contiguous()
     bias = None if p.bias is None else p.bias.float()

@@ -9,8 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..block import Block, Projection
-from ..format import code_times_scale
-from ..reference import as_e4m3, rows_by_ids
+from ..reference import rows_by_ids, unscaled_weight
 
 # Rows x [M, K], a weight [N, K] (a Projection without the experts' dim) -> [M, N], not yet rounded to an output dtype.
 Product = Callable[[Tensor, Projection], Tensor]
@@ -59,7 +58,7 @@ def moe(
 
     x [T, K], ids and weights [T, A] -> [T, H] in wide, in which the activation and the weighted sum are computed.
     """
-    out = torch.zeros(x.shape[0], block.down.qdata.shape[1], dtype=wide, device=x.device)
+    out = torch.zeros(x.shape[0], block.down.n, dtype=wide, device=x.device)
     for e, slot in rows_by_ids(ids.reshape(-1), block.experts):
         token = slot // ids.shape[1]
         gate, up = block.split([product(x[token], of_expert(p, e)).to(dtype) for p in block.up])
@@ -77,4 +76,4 @@ def of_expert(p: Projection, e: int) -> Projection:
 
 
 def _weight(p: Projection) -> Tensor:
-    return code_times_scale(p.qdata, as_e4m3(p.block_scale))
+    return unscaled_weight(p.qdata, p.block_scale)

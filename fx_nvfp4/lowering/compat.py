@@ -11,7 +11,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx
@@ -144,6 +144,23 @@ def _source(node: fx.Node) -> tuple[str, bool]:
         return str(node.target), True
     name = source.name() if callable(source.name) else source.name
     return name, getattr(source, "is_input", False)
+
+
+def can_trace_again() -> bool:
+    """Whether a backend is called by Dynamo while it traces, so that :func:`trace_again` leads back there."""
+    from torch._dynamo.symbolic_convert import tls
+
+    return getattr(tls, "current_tx", None) is not None
+
+
+def trace_again(reason: str) -> NoReturn:
+    """Out of a backend: let Dynamo trace the same frame anew, as something that it has looked at was changed.
+
+    The one such exception that it lets through from a backend is named for its first use.
+    """
+    from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+
+    raise TensorifyScalarRestartAnalysis(restart_reason=reason)
 
 
 def placeholder_inputs(graph: fx.Graph) -> dict[fx.Node, tuple[int, str]]:
@@ -280,6 +297,12 @@ def uncompiled(model: torch.nn.Module) -> Iterator[None]:
             module._compiled_call_impl = call
         for module, forward in forwards.items():
             module.forward = forward
+
+
+def other_users(tensor: Tensor) -> int:
+    """How many other tensors have their elements in the memory of this one, also one that it is a view of."""
+    storage = tensor.untyped_storage()
+    return torch._C._storage_Use_Count(storage._cdata) - 2  # without the tensor itself, and the variable here
 
 
 def is_real(tensor: object) -> bool:

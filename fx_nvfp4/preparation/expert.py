@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from ..layouts import is_tiled, weight_sizes
 from ..passes.emulate import emulate
 from ..passes.settings import Settings
 from ..tensor import NVFP4Weight
@@ -42,10 +43,12 @@ class Product:
 
     Attributes:
         features: (K, N).
+        tiled: whether the weight is in tiles.
         activations, dialect: how its input is quantised.
     """
 
     features: tuple[int, int]
+    tiled: bool
     activations: str
     dialect: str
 
@@ -201,8 +204,9 @@ def _part_nodes(middle: Middle) -> Iterator[dict[str, Node]]:
 
 def _product(op: Node) -> Product:
     given = _arguments(op)
-    n, packed_k = given["qdata"].meta["val"].shape
-    return Product((packed_k * 2, n), given.get("activations", "none"), given.get("dialect", "hardware"))
+    codes = given["qdata"].meta["val"]
+    _, n, k = weight_sizes(codes)
+    return Product((k, n), is_tiled(codes), given.get("activations", "none"), given.get("dialect", "hardware"))
 
 
 def _arguments(op: Node) -> dict[str, Any]:

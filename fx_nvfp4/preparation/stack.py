@@ -57,7 +57,7 @@ class Stack:
             product = self._plan.products[p]
             weights[name] = NVFP4Weight(
                 parts["qdata"],
-                parts["block_scale"].view(torch.float8_e4m3fn),
+                parts["block_scale"].view(torch.uint8 if product.tiled else torch.float8_e4m3fn),
                 parts["global_scale"],
                 dtype,
                 product.activations,

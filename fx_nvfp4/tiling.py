@@ -1,0 +1,63 @@
+"""A packed weight into tiles: as another tensor, or in the memory that it has."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .layouts import is_tiled
+from .lowering import compat
+from .prepack import check_suited, prepack, tiled_shapes, write_tiles
+from .tensor import NVFP4Weight
+
+_ALIGNMENT = 16  # bytes that a lane loads at once
+
+
+def tiled(w: NVFP4Weight, name: str) -> NVFP4Weight:
+    """See :meth:`NVFP4Weight.tiled`."""
+    if is_tiled(w.qdata):
+        return w
+    words, scales = prepack(w.qdata, w.block_scale, name)
+    return w.replace(qdata=words, block_scale=scales)
+
+
+def tile_(w: NVFP4Weight, name: str) -> NVFP4Weight:
+    """See :meth:`NVFP4Weight.tile_`."""
+    if is_tiled(w.qdata):
+        return w
+    check_suited(w.qdata, w.block_scale, name)
+    for part, tensor in (("codes", w.qdata), ("block scales", w.block_scale)):
+        _check_own(f"the {part} of {name}", tensor)
+    # Inference tensors can be written to in that mode alone.
+    with torch.no_grad(), torch.inference_mode(w.qdata.is_inference()):
+        words, scales = _reinterpreted(w)
+        write_tiles(w.qdata, w.block_scale, words, scales)
+        # The parts stay the objects that they are, so that weights which share them change alike.
+        w.qdata.data, w.block_scale.data = words, scales
+    return w
+
+
+def _check_own(what: str, part: Tensor) -> None:
+    """Raise ValueError unless nobody but the weight sees what happens to a part."""
+    if not part.is_contiguous() or part.data_ptr() % _ALIGNMENT or part.storage_offset() % _ALIGNMENT:
+        raise ValueError(
+            f"tile_: {what} are {list(part.shape)} with strides {part.stride()}, expected contiguous and aligned to "
+            f"{_ALIGNMENT} bytes; clone the weight first"
+        )
+    others = compat.other_users(part)
+    if others:
+        raise ValueError(
+            f"tile_: {what} share their memory with {others} other tensor(s), which would change too; "
+            "let go of state dicts and views of the weight first, or use tiled(), which copies"
+        )
+
+
+def _reinterpreted(w: NVFP4Weight) -> tuple[Tensor, Tensor]:
+    """Words and scales in the memory of codes and block scales, of which nothing else remains."""
+    shapes = tiled_shapes(w.qdata)
+    return _on_storage(w.qdata, torch.int32, shapes[0]), _on_storage(w.block_scale, torch.uint8, shapes[1])
+
+
+def _on_storage(part: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    offset = part.storage_offset() // dtype.itemsize
+    return torch.empty(0, dtype=dtype, device=part.device).set_(part.untyped_storage(), offset, shape)  # type: ignore[call-overload]
