@@ -1,6 +1,7 @@
 """The ops on CUDA and ROCm: activations quantised, then one Triton product; no host synchronisation.
 
-Weights in tiles are unpacked at each call where no kernel reads them as they are.
+Weights in tiles have kernels of their own for 16-bit activations (:mod:`fx_nvfp4.gpu_tiled`). For fp32, and for
+gradients, they are unpacked at each call.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import format as nvfp4
+from . import gpu_tiled
 from .activation import parse
 from .block import Block, Projection
 from .kernels import batched as batched_kernels
@@ -25,6 +27,8 @@ from .reference import Activations
 
 def linear(x: Tensor, qdata: Tensor, block_scale: Tensor, global_scale: Tensor, act: Activations) -> Tensor:
     if is_tiled(qdata):
+        if gpu_tiled.serves(x):
+            return gpu_tiled.linear(x, qdata, block_scale, global_scale, act)
         return linear(x, *canonical(qdata, block_scale), global_scale, act)
     operand, out_scale = _enter(x, act, None, 0)
     return batched_kernels.linear(operand, qdata, block_scale, global_scale, out_scale)
@@ -32,6 +36,8 @@ def linear(x: Tensor, qdata: Tensor, block_scale: Tensor, global_scale: Tensor, 
 
 def batched(x: Tensor, qdata: Tensor, block_scale: Tensor, global_scale: Tensor, act: Activations) -> Tensor:
     if is_tiled(qdata):
+        if gpu_tiled.serves(x):
+            return gpu_tiled.batched(x, qdata, block_scale, global_scale, act)
         return batched(x, *canonical(qdata, block_scale), global_scale, act)
     experts, rows = x.shape[:2]
     group = torch.arange(experts, device=x.device).unsqueeze(1).expand(experts, rows) if act.mode != "none" else None
@@ -43,6 +49,8 @@ def indexed(
     x: Tensor, qdata: Tensor, block_scale: Tensor, global_scale: Tensor, ids: Tensor, act: Activations
 ) -> Tensor:
     if is_tiled(qdata):
+        if gpu_tiled.serves(x):
+            return gpu_tiled.indexed(x, qdata, block_scale, global_scale, ids, act)
         return indexed(x, *canonical(qdata, block_scale), global_scale, ids, act)
     operand, out_scale = _enter(x, act, ids, qdata.shape[0])
     return indexed_kernels.indexed(operand, qdata, block_scale, global_scale, ids, out_scale)
@@ -52,6 +60,8 @@ def grouped(
     x: Tensor, qdata: Tensor, block_scale: Tensor, global_scale: Tensor, offs: Tensor, act: Activations
 ) -> Tensor:
     if is_tiled(qdata):
+        if gpu_tiled.serves(x):
+            return gpu_tiled.grouped(x, qdata, block_scale, global_scale, offs, act)
         return grouped(x, *canonical(qdata, block_scale), global_scale, offs, act)
     group = grouped_kernels.row_groups(offs, x.shape[0]) if act.mode != "none" else None
     operand, out_scale = _enter(x, act, group, qdata.shape[0])
@@ -62,7 +72,9 @@ def moe(x: Tensor, ids: Tensor, weights: Tensor, block: Block) -> Tensor:
     if ids.numel() == 0:
         return x.new_zeros(x.shape[0], block.down.n)
     if block.tiled:
-        return moe(x, ids, weights, block.canonical())
+        if gpu_tiled.supports(x, block):
+            return gpu_tiled.moe(x, ids, weights, block)
+        block = block.canonical()
     order, offs = routing_kernels.sort_slots(ids, block.experts)
     top, slot_ids = ids.shape[1], ids.reshape(-1)
     apart = block.rows_apart

@@ -20,6 +20,8 @@ from .kernels.grouped import row_groups
 from .kernels.tile_config import TileConfigs, by_load, choose, target_of
 from .kernels.tile_table import batches_in_tiles, sort_into_tiles
 from .kernels.tiled_moe import Routing, Rows, TiledOperand
+from .layouts import is_tiled
+from .prepack import TILE_ROWS
 from .reference import Activations
 
 
@@ -154,7 +156,12 @@ def _operands(block: Block) -> tuple[TiledOperand | None, TiledOperand, bool]:
     return gate, _operand(first, slice(n, None), slice(n // 16, None)), False
 
 
+def serves(x: Tensor) -> bool:
+    """Whether the kernels multiply activations of this dtype."""
+    return x.dtype in (torch.bfloat16, torch.float16)
+
+
 def supports(x: Tensor, block: Block) -> bool:
-    """Whether the kernels serve a block with tiled weights; others are unpacked."""
-    whole = block.layout != "concatenated" or block.up[0].global_scale.shape[1] % 32 == 0
-    return whole and x.dtype in (torch.bfloat16, torch.float16)
+    """Whether the kernels run a block: all its weights are in tiles, and gate and up are whole tiles of their own."""
+    whole = block.layout != "concatenated" or block.up[0].n % (2 * TILE_ROWS) == 0
+    return serves(x) and whole and all(is_tiled(p.qdata) for p in (*block.up, block.down))

@@ -407,7 +407,7 @@ class TiledOperand(NamedTuple):
     def pointers(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         return self.words, self.scales.view(torch.uint16), self.global_scale, self.bias
 
-    def strides(self) -> tuple[int, int, int, int, int]:
+    def strides(self) -> tuple[int, ...]:
         bias = (0, 0) if self.bias is None else self.bias.stride()
         return self.words.stride(0), *self.global_scale.stride(), *bias
 
@@ -420,18 +420,19 @@ class TiledOperand(NamedTuple):
         require(scales.dtype == torch.uint8, "scales", scales.dtype, "uint8")
         expected = (*words.shape[:4], 2)
         require(scales.shape == expected, "scales", tuple(scales.shape), f"shape {expected}")
-        for name, tensor in (("words", words), ("scales", scales)):
-            require(tensor[0].is_contiguous(), name, f"strides {tensor.stride()}", "whole tiles, one after the other")
+        for name, packed in (("words", words), ("scales", scales)):
+            require(packed[0].is_contiguous(), name, f"strides {packed.stride()}", "whole tiles, one after the other")
         # The kernels know one stride over experts.
         same = experts == 1 or scales.stride(0) * 2 == words.stride(0)
         require(same, "scales", f"stride {scales.stride(0)}", f"stride {words.stride(0) // 2} over experts")
         rows = (experts, tiles * 16 // rows_of_output)
         require(global_scale.dtype == torch.float32, "global_scale", global_scale.dtype, "float32")
-        for name, tensor in (("global_scale", global_scale), ("bias", bias)):
+        by_row: tuple[tuple[str, Tensor | None], ...] = (("global_scale", global_scale), ("bias", bias))
+        for name, tensor in by_row:
             require(tensor is None or tensor.shape == rows, name, tensor, f"shape {rows}")
         require(x.dtype in (torch.bfloat16, torch.float16), "x", x.dtype, "bfloat16 or float16")
         require(x.is_contiguous() and x.shape[-1] == self.k, "x", tuple(x.shape), f"[rows, {self.k}], contiguous")
-        for name, tensor in zip(self._fields, self, strict=True):
+        for name, tensor in (("words", words), ("scales", scales), *by_row):
             require(tensor is None or tensor.device == x.device, name, tensor, f"x's device {x.device}")
 
 
