@@ -63,6 +63,11 @@ def hint(size: Any) -> int:
     return size
 
 
+def fix(size: Any) -> int:
+    """The size that tracing saw of a size that is the model's and no call's; a guard holds it from now on."""
+    return size.node.guard_int(__file__, 0) if isinstance(size, torch.SymInt) else size
+
+
 def fixed(number: Any) -> Any:
     """The number itself, of a node too; None if it is a symbol, whose value may be another at the next call."""
     if isinstance(number, Node):

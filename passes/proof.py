@@ -20,7 +20,7 @@ from .block import Block, Candidate
 from .combine import Combine
 from .found import Almost, Refused
 from .limits import largest
-from .nodes import Sizes, assuming, below, between, elements, is_size, is_tensor, shape_of
+from .nodes import Sizes, assuming, below, between, elements, fix, hint, is_size, is_tensor, shape_of
 from .rounding import check_inside
 from .routing import CannotTry, Routing
 from .rows import Rows, Setting, follow
@@ -31,6 +31,7 @@ from .worlds import KINDS, World, make_world, sizes_to_try
 
 def prove(candidate: Candidate) -> Block:
     """The block; raises `Refused` or `Unsupported` with what does not hold."""
+    _fix_sizes(candidate)
     nodes = _token_nodes(candidate)
     block: Block | None = None
     with unset_fake_temporarily(), torch.no_grad():
@@ -52,6 +53,24 @@ def prove(candidate: Candidate) -> Block:
     ups = [up.bias for g in block.gatings if g is not None for up in g.ups if up.bias is not None]
     check_inside(candidate, nodes, dict.fromkeys((*ups, *block.down_biases)))
     return block
+
+
+def _fix_sizes(c: Candidate) -> None:
+    """Under dynamic=True every size of every input is a symbol of its own; guards hold what all calls have in common.
+
+    The columns of x and the slots of a token stay as they are, and x, ids and weights are of the same tokens.
+    """
+    routing = [node for node in (c.ids, c.weights) if node is not None]
+    for node, size in ((c.x, c.k), *((node, c.slots) for node in routing)):
+        last = node.meta["val"].shape[-1:]
+        if node.meta["val"].dim() > 1 and hint(last[0]) == size:
+            fix(last[0])
+    tokens = c.x.meta["val"].shape[:-1]
+    for node in routing:
+        shape = node.meta["val"].shape[:-1]
+        if len(shape) == len(tokens) and list(map(hint, shape)) == list(map(hint, tokens)):
+            for one, other in zip(tokens, shape, strict=True):
+                bool(one == other)
 
 
 def _worlds(c: Candidate, tokens: frozenset[Node]) -> Iterator[tuple[Sizes, str]]:

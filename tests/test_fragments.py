@@ -10,9 +10,9 @@ from fx_nvfp4.prepack import decode_tiles, prepack
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_plain_form_decodes_every_code_and_scale_like_the_twin(dtype):
-    words, scales = prepack(*weight(256, 64))
-    out = torch.full((256, 64), float("nan"), dtype=dtype)
+def test_plain_form_decodes_every_code_and_scale_like_the_twin(dtype, device):
+    words, scales = prepack(*(t.to(device) for t in weight(256, 64)))
+    out = torch.full((256, 64), float("nan"), dtype=dtype, device=device)
     name = tl.bfloat16 if dtype == torch.bfloat16 else tl.float16
     decode_tiles_kernel[(1,)](words, scales.view(torch.uint16), out, 16, name, "plain")
     torch.testing.assert_close(out, decode_tiles(words, scales, dtype), rtol=0, atol=0, equal_nan=True)

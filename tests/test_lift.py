@@ -225,6 +225,22 @@ def test_tokens_of_a_batch_with_two_symbols():
     lifted(model, [(2, 3), (4, 5), (3, 2)], dynamic=True, inputs=inputs)
 
 
+@pytest.mark.parametrize("body", [indexed, grouped])
+def test_routing_from_outside_whose_sizes_are_symbols_of_their_own(body):
+    """Where x, ids and weights are inputs, nothing says at first that they are of the same tokens."""
+    model = Block(lambda m, given: body(m, *given), route=lambda m, given: ())
+    step = torch.compile(model, backend="nvfp4_emu", dynamic=True, options={"codegen": False})
+    random = torch.Generator().manual_seed(0)
+    for tokens, top in ((1, A), (7, A), (12, A), (9, A + 1)):
+        ids = torch.rand(tokens, E, generator=random).topk(top).indices
+        given = torch.randn(tokens, H, generator=random), torch.rand(tokens, top, generator=random), ids
+        with collect_reports() as report:
+            out = step(given)
+        assert [b.lifted for b in report.blocks] in ([True], []), report.table()
+        torch.testing.assert_close(out, model(given))
+    assert [b.top_k for b in report.blocks] == [A + 1]
+
+
 def routed(change):
     """Routing with something done to (weights, ids)."""
     return lambda m, x: change(m, x, *top_k(m, x))

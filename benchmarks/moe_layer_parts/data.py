@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from fx_nvfp4 import NVFP4Weight
 from fx_nvfp4.format import TWO_LEVEL_MAX
+from fx_nvfp4.prepack import supports
 
 from .exact import Call, decoded, product
 from .shapes import Shape
@@ -35,12 +37,22 @@ class Layer:
     def device(self) -> torch.device:
         return self.gate_up.qdata.device
 
+    @cached_property
+    def packed(self) -> tuple[NVFP4Weight, NVFP4Weight]:
+        """As the products read them."""
+        weights = self.gate_up, self.down
+        suited = self.device.type == "cuda" and all(supports(*w.shape[-2:]) for w in weights)
+        return (self.gate_up.tiled(), self.down.tiled()) if suited else weights
+
     def weights(self, format: str) -> tuple[NVFP4Weight, NVFP4Weight]:
-        """(gate_up, down) whose products run in one of FORMATS; the packed parts are shared."""
+        """(gate_up, down) whose products run in one of FORMATS.
+
+        On a GPU in tiles, where the backend would put them itself if nobody needed them as they are.
+        """
         if format == "w4a16":
-            return self.gate_up, self.down
+            return self.packed
         scales = self.act_scales if format == "w4a4" else [scale.max() for scale in self.act_scales]
-        pairs = zip((self.gate_up, self.down), scales, strict=True)
+        pairs = zip(self.packed, scales, strict=True)
         gate_up, down = (w.replace(activations="static", act_scale=scale) for w, scale in pairs)
         return gate_up, down
 
