@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from .layouts import is_tiled
 from .tensor import NVFP4Weight
+from .tiling import SharedMemoryError
 
 log = logging.getLogger("fx_nvfp4")
 
@@ -48,15 +50,27 @@ def prepack(model: nn.Module) -> Prepacking:
 def tile_all(weights: Iterable[tuple[str, Tensor]]) -> Prepacking:
     """Put those that are packed into tiles, one after the other."""
     done = Prepacking()
+    shared = list(_tile_each(weights, done))
+    if shared:
+        gc.collect()  # what a module that was replaced still holds is nobody's
+        done.left.update((name, str(error)) for name, _, error in _tile_each([s[:2] for s in shared], done))
+    return done
+
+
+def _tile_each(
+    weights: Iterable[tuple[str, Tensor]], done: Prepacking
+) -> Iterator[tuple[str, Tensor, SharedMemoryError]]:
+    """Those whose memory others see, and why; what became of all others is noted."""
     for name, weight in weights:
         if not isinstance(weight, NVFP4Weight) or is_tiled(weight.qdata):
             continue
         try:
             weight.tile_(name)
             done.converted.append(name)
+        except SharedMemoryError as error:
+            yield name, weight, error.with_traceback(None)
         except ValueError as error:
             done.left[name] = str(error)
-    return done
 
 
 def _packed_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

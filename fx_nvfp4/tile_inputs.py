@@ -13,6 +13,7 @@ from torch import fx
 
 from .layouts import is_tiled
 from .lowering import compat
+from .prepack_model import tile_all
 from .report import module_path
 from .tensor import NVFP4Weight
 
@@ -27,18 +28,15 @@ def tile_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any], everywhere: b
     """
     if not compat.can_trace_again():
         return []
-    left, done = [], False
-    for value, (name, is_argument) in zip(example_inputs, compat.input_sources(gm), strict=False):
-        if is_argument or not _is_whole(value) or not (everywhere or value.is_cuda):
-            continue
-        try:
-            value.tile_(module_path(name))
-            done = True
-        except ValueError as error:
-            left.append(f"not in tiles: {error}")
-    if done:
+    owned = [
+        (module_path(name), value)
+        for value, (name, is_argument) in zip(example_inputs, compat.input_sources(gm), strict=False)
+        if not is_argument and _is_whole(value) and (everywhere or value.is_cuda)
+    ]
+    done = tile_all(owned)
+    if done.converted:
         compat.trace_again("packed weights were permuted into tiles")
-    return left
+    return [f"not in tiles: {reason}" for reason in done.left.values()]
 
 
 def _is_whole(value: Any) -> bool:

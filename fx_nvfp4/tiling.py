@@ -13,6 +13,10 @@ from .tensor import NVFP4Weight
 _ALIGNMENT = 16  # bytes that a lane loads at once
 
 
+class SharedMemoryError(ValueError):
+    """A weight cannot change where it lies, as other tensors have their elements there."""
+
+
 def tiled(w: NVFP4Weight, name: str) -> NVFP4Weight:
     """See :meth:`NVFP4Weight.tiled`."""
     if is_tiled(w.qdata):
@@ -44,9 +48,11 @@ def _check_own(what: str, part: Tensor) -> None:
             f"tile_: {what} are {list(part.shape)} with strides {part.stride()}, expected contiguous and aligned to "
             f"{_ALIGNMENT} bytes; clone the weight first"
         )
+    if not part.is_cuda and part.is_shared():
+        raise ValueError(f"tile_: {what} are in memory of other processes too; use tiled(), which copies")
     others = compat.other_users(part)
     if others:
-        raise ValueError(
+        raise SharedMemoryError(
             f"tile_: {what} share their memory with {others} other tensor(s), which would change too; "
             "let go of state dicts and views of the weight first, or use tiled(), which copies"
         )
