@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from .layouts import is_tiled
 from .tensor import NVFP4Weight
-from .tiling import SharedMemoryError
+from .tiling import SharedMemoryError, check_tileable
 
 log = logging.getLogger("fx_nvfp4")
+
+Group = dict[str, NVFP4Weight]  # by name
 
 
 @dataclass
@@ -48,29 +50,37 @@ def prepack(model: nn.Module) -> Prepacking:
 
 
 def tile_all(weights: Iterable[tuple[str, Tensor]]) -> Prepacking:
-    """Put those that are packed into tiles, one after the other."""
+    """Put those that are packed into tiles, one after the other.
+
+    The experts of one module stay together in one layout, as one op multiplies them.
+    """
+    groups: dict[tuple[str, str], Group] = {}
+    for name, weight in weights:
+        if isinstance(weight, NVFP4Weight) and not is_tiled(weight.qdata):
+            module, _, own = name.rpartition(".")
+            groups.setdefault((module, "" if weight.stored else own), {})[name] = weight
     done = Prepacking()
-    shared = list(_tile_each(weights, done))
+    shared = [group for group in groups.values() if isinstance(_tile_group(group, done), SharedMemoryError)]
     if shared:
         gc.collect()  # what a module that was replaced still holds is nobody's
-        done.left.update((name, str(error)) for name, _, error in _tile_each([s[:2] for s in shared], done))
+        for group in shared:
+            _tile_group(group, done)
     return done
 
 
-def _tile_each(
-    weights: Iterable[tuple[str, Tensor]], done: Prepacking
-) -> Iterator[tuple[str, Tensor, SharedMemoryError]]:
-    """Those whose memory others see, and why; what became of all others is noted."""
-    for name, weight in weights:
-        if not isinstance(weight, NVFP4Weight) or is_tiled(weight.qdata):
-            continue
+def _tile_group(group: Group, done: Prepacking) -> ValueError | None:
+    """Put all weights of a group into tiles, or none; returns why none."""
+    for name, weight in group.items():
         try:
-            weight.tile_(name)
-            done.converted.append(name)
-        except SharedMemoryError as error:
-            yield name, weight, error.with_traceback(None)
+            check_tileable(weight, name)
         except ValueError as error:
-            done.left[name] = str(error)
+            done.left.update(dict.fromkeys(group, str(error)))
+            return error.with_traceback(None)
+    for name, weight in group.items():
+        weight.tile_(name)
+        done.converted.append(name)
+        done.left.pop(name, None)
+    return None
 
 
 def _packed_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -38,7 +38,7 @@ def tile_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any], everywhere: b
     done = tile_all(owned)
     if done.converted:
         compat.trace_again("packed weights were permuted into tiles")
-    return [f"not in tiles: {reason}" for reason in done.left.values()]
+    return [f"not in tiles: {reason}" for reason in dict.fromkeys(done.left.values())]
 
 
 def _differentiates(example_inputs: Sequence[Any]) -> bool:

@@ -29,9 +29,7 @@ def tile_(w: NVFP4Weight, name: str) -> NVFP4Weight:
     """See :meth:`NVFP4Weight.tile_`."""
     if is_tiled(w.qdata):
         return w
-    check_suited(w.qdata, w.block_scale, name)
-    for part, tensor in (("codes", w.qdata), ("block scales", w.block_scale)):
-        _check_own(f"the {part} of {name}", tensor)
+    check_tileable(w, name)
     # Inference tensors can be written to in that mode alone.
     with torch.no_grad(), torch.inference_mode(w.qdata.is_inference()):
         words, scales = _reinterpreted(w)
@@ -39,6 +37,13 @@ def tile_(w: NVFP4Weight, name: str) -> NVFP4Weight:
         # The parts stay the objects that they are, so that weights which share them change alike.
         w.qdata.data, w.block_scale.data = words, scales
     return w
+
+
+def check_tileable(w: NVFP4Weight, name: str) -> None:
+    """Raise what :func:`tile_` raises, SharedMemoryError last."""
+    check_suited(w.qdata, w.block_scale, name)
+    for part, tensor in (("codes", w.qdata), ("block scales", w.block_scale)):
+        _check_own(f"the {part} of {name}", tensor)
 
 
 def _check_own(what: str, part: Tensor) -> None:

@@ -295,6 +295,20 @@ def experts(monkeypatch):
     return moe_parents.ExpertHit(torch.float32, moe_parents.FusedGateMLP).eval()
 
 
+@pytest.mark.parametrize("width", [64, 48])
+def test_experts_of_one_module_keep_one_layout(width):
+    model = nn.Module()
+    model.layer = nn.Module()
+    model.layer.gate_up_proj = hold(make_weight((E, 2 * width, K)))
+    model.layer.down_proj = hold(make_weight((E, K, width), seed=1))
+    model.layer.proj = hold(make_weight((N, K), seed=2))
+    done = fx_nvfp4.prepack(model)
+    experts = ["layer.gate_up_proj", "layer.down_proj"]
+    assert done.converted == [*(experts if width == 64 else []), "layer.proj"]
+    assert list(done.left) == ([] if width == 64 else experts)
+    assert all("layer.down_proj is [64, 48]" in reason for reason in done.left.values())
+
+
 def test_prepacked_experts_are_fused_as_they_are(experts):
     rows = moe_parents.hidden_states(2, 9)
     expected = experts(rows)
