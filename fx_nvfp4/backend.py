@@ -66,7 +66,8 @@ def nvfp4_emu(
             warning; ``"lift"`` (default True), replace whole MoE blocks by one op and not just their products;
             ``"codegen"`` (default True), False runs the rewritten graph op by op instead of generating code, which
             tells an error of the rewriting from one of a kernel; ``"prepack"`` (default True), permute packed weights
-            that the model owns, on a GPU, into tiles where they lie, see :meth:`NVFP4Weight.tile_`. On the arithmetic:
+            that the model owns, where kernels read tiles (on a GPU, in 16 bits, without gradients), as they lie, see
+            :meth:`NVFP4Weight.tile_`. On the arithmetic:
             ``"activations"`` (default "checkpoint"), ``"as_written"``, ``"out_dtype"``, ``"shared_scales"`` and
             ``"check_finite"``, see :class:`fx_nvfp4.passes.settings.Settings`. Every other name goes to Inductor's
             config.

@@ -52,7 +52,7 @@ def load(
         activations: "checkpoint" quantises the activations of W4A4 models as the checkpoint says; "none" loads
             such a checkpoint's weights alone, and its input scales are not looked at.
         prepack: put packed weights into tiles, where they lie and can be (:func:`fx_nvfp4.prepack`); default on CUDA
-            and ROCm devices alone.
+            and ROCm devices, of models in 16 bits, alone: there kernels read tiles as they are.
         progress: show a progress bar.
 
     Returns:
@@ -77,7 +77,9 @@ def load(
     target = torch.device("cpu" if device is None else device)
     rule = opened.scheme.convention.dialect if dialect == "producer" else dialect
     weights = Assembler(opened.reader, target, model.config.dtype, rule, progress).tensors(plan)
-    if target.type == "cuda" if prepack is None else prepack:
+    if prepack is None:
+        prepack = target.type == "cuda" and model.config.dtype.itemsize == 2
+    if prepack:
         logger.info("%s", tile_all(weights.items()))
     skeleton.initialize_buffers(model, target)
     _install(model, weights, plan)

@@ -135,8 +135,11 @@ def write_tiles(qdata: Tensor, block_scale: Tensor, words: Tensor, scales: Tenso
     by_rows = [t.reshape(-1, TILE_ROWS, t.shape[-1]) for t in (qdata, raw)]
     by_rows += [t.view(-1, *t.shape[-3:]) for t in (words, scales)]
     for codes, scale, some_words, some_scales in _groups(by_rows, 2 * qdata.shape[-1]):
-        some_words.copy_(_shuffle(_to_tiles(unpack(codes.flatten(0, 1)))))
-        some_scales.copy_(_scales_by_lane(_lookup(_RECODED, scale.flatten(0, 1))))
+        # Both before either is written: where memory is short, it is so here, and at the first rows.
+        tiled = _shuffle(_to_tiles(unpack(codes.flatten(0, 1))))
+        recoded = _scales_by_lane(_lookup(_RECODED, scale.flatten(0, 1)))
+        some_words.copy_(tiled)
+        some_scales.copy_(recoded)
 
 
 def _groups(tensors: list[Tensor], k: int) -> Iterator[tuple[Tensor, ...]]:

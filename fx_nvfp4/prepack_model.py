@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -10,8 +11,11 @@ from torch import Tensor, nn
 
 from .layouts import is_tiled
 from .tensor import NVFP4Weight
+from .tiling import SharedMemoryError, check_tileable
 
 log = logging.getLogger("fx_nvfp4")
+
+Group = dict[str, NVFP4Weight]  # by name
 
 
 @dataclass
@@ -46,17 +50,37 @@ def prepack(model: nn.Module) -> Prepacking:
 
 
 def tile_all(weights: Iterable[tuple[str, Tensor]]) -> Prepacking:
-    """Put those that are packed into tiles, one after the other."""
-    done = Prepacking()
+    """Put those that are packed into tiles, one after the other.
+
+    The experts of one module stay together in one layout, as one op multiplies them.
+    """
+    groups: dict[tuple[str, str], Group] = {}
     for name, weight in weights:
-        if not isinstance(weight, NVFP4Weight) or is_tiled(weight.qdata):
-            continue
-        try:
-            weight.tile_(name)
-            done.converted.append(name)
-        except ValueError as error:
-            done.left[name] = str(error)
+        if isinstance(weight, NVFP4Weight) and not is_tiled(weight.qdata):
+            module, _, own = name.rpartition(".")
+            groups.setdefault((module, "" if weight.stored else own), {})[name] = weight
+    done = Prepacking()
+    shared = [group for group in groups.values() if isinstance(_tile_group(group, done), SharedMemoryError)]
+    if shared:
+        gc.collect()  # what a module that was replaced still holds is nobody's
+        for group in shared:
+            _tile_group(group, done)
     return done
+
+
+def _tile_group(group: Group, done: Prepacking) -> ValueError | None:
+    """Put all weights of a group into tiles, or none; returns why none."""
+    for name, weight in group.items():
+        try:
+            check_tileable(weight, name)
+        except ValueError as error:
+            done.left.update(dict.fromkeys(group, str(error)))
+            return error.with_traceback(None)
+    for name, weight in group.items():
+        weight.tile_(name)
+        done.converted.append(name)
+        done.left.pop(name, None)
+    return None
 
 
 def _packed_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -234,6 +234,8 @@ class NVFP4Weight(TorchAOBaseTensor):
     def tile_(self, name: str = "weight") -> NVFP4Weight:
         """Permute the weight into tiles where it lies, in some memory more, whatever its size.
 
+        Nobody may compute with it meanwhile, in another thread or on another stream.
+
         Raises:
             ValueError: as :meth:`tiled`, or its memory is not its own; the weight is as before.
         """

@@ -13,6 +13,10 @@ from .tensor import NVFP4Weight
 _ALIGNMENT = 16  # bytes that a lane loads at once
 
 
+class SharedMemoryError(ValueError):
+    """A weight cannot change where it lies, as other tensors have their elements there."""
+
+
 def tiled(w: NVFP4Weight, name: str) -> NVFP4Weight:
     """See :meth:`NVFP4Weight.tiled`."""
     if is_tiled(w.qdata):
@@ -25,9 +29,7 @@ def tile_(w: NVFP4Weight, name: str) -> NVFP4Weight:
     """See :meth:`NVFP4Weight.tile_`."""
     if is_tiled(w.qdata):
         return w
-    check_suited(w.qdata, w.block_scale, name)
-    for part, tensor in (("codes", w.qdata), ("block scales", w.block_scale)):
-        _check_own(f"the {part} of {name}", tensor)
+    check_tileable(w, name)
     # Inference tensors can be written to in that mode alone.
     with torch.no_grad(), torch.inference_mode(w.qdata.is_inference()):
         words, scales = _reinterpreted(w)
@@ -37,6 +39,13 @@ def tile_(w: NVFP4Weight, name: str) -> NVFP4Weight:
     return w
 
 
+def check_tileable(w: NVFP4Weight, name: str) -> None:
+    """Raise what :func:`tile_` raises, SharedMemoryError last."""
+    check_suited(w.qdata, w.block_scale, name)
+    for part, tensor in (("codes", w.qdata), ("block scales", w.block_scale)):
+        _check_own(f"the {part} of {name}", tensor)
+
+
 def _check_own(what: str, part: Tensor) -> None:
     """Raise ValueError unless nobody but the weight sees what happens to a part."""
     if not part.is_contiguous() or part.data_ptr() % _ALIGNMENT or part.storage_offset() % _ALIGNMENT:
@@ -44,9 +53,11 @@ def _check_own(what: str, part: Tensor) -> None:
             f"tile_: {what} are {list(part.shape)} with strides {part.stride()}, expected contiguous and aligned to "
             f"{_ALIGNMENT} bytes; clone the weight first"
         )
+    if not part.is_cuda and part.is_shared():
+        raise ValueError(f"tile_: {what} are in memory of other processes too; use tiled(), which copies")
     others = compat.other_users(part)
     if others:
-        raise ValueError(
+        raise SharedMemoryError(
             f"tile_: {what} share their memory with {others} other tensor(s), which would change too; "
             "let go of state dicts and views of the weight first, or use tiled(), which copies"
         )

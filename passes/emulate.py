@@ -24,7 +24,7 @@ from .rewrite import rewrite
 from .settings import Settings, adjust_products
 from .shared_scales import share_all_scales
 from .transformers_grad import spell_out_fallback
-from .verify import find_dequantized, find_spelled
+from .verify import find_dequantized, find_spelled, notes_on_unpacked
 
 OP_NAMES = ("linear", "batched", "indexed", "grouped", "input_grad")
 _AS_IT_IS: tuple[str, tuple[str, ...]] = ("packed tensor", ())
@@ -94,7 +94,7 @@ def emulate(
             lifted = lift_blocks(graph, names)
         blocks = lifted.entries
         matches.update({n: replace(matches[n], op="moe") for n in lifted.products})
-    notes += share_all_scales(graph, settings)
+    notes += [*share_all_scales(graph, settings), *notes_on_unpacked(graph)]
     blocks_of_model = {n: _moe_matches(n, names) for n in called}
     decided = activations.decided
     matched = [decided(n, m) for n, m in matches.items()]

@@ -29,6 +29,16 @@ def find_dequantized(graph: fx.Graph) -> Iterator[Refusal]:
         )
 
 
+def notes_on_unpacked(graph: fx.Graph) -> list[str]:
+    """Where weights are taken out of their tiles, which costs a pass over them at each call."""
+    nodes = graph.find_nodes(op="call_function", target=torch.ops.fx_nvfp4.unpack_tiles.default)
+    return [
+        f"{where(n)}: a weight is taken out of its tiles at each call, for a view that cuts them; slice rows by "
+        'multiples of 16 and K by multiples of 64, or keep the canonical layout with options={"prepack": False}'
+        for n in nodes
+    ]
+
+
 def find_spelled(graph: fx.Graph, recognise: Callable[[Node], object], known: set[Node]) -> Iterator[Refusal]:
     """Weights that the graph still dequantises by ops of its own, for anything but the operands in `known`.
 

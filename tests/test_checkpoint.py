@@ -149,7 +149,12 @@ def test_prepacked_weights_compute_the_same(name, caplog):
         model = load(folder, prepack=True, progress=False)
     packed = {n: p for n, p in model.named_parameters() if isinstance(p, NVFP4Weight)}
     tiled = {n for n, p in packed.items() if is_tiled(p.qdata)}
-    assert tiled == {n for n, p in packed.items() if supports(*p.sizes[-2:])}
+    # Experts of one layer are multiplied by one op, and keep one layout.
+    odd = {n for n, p in packed.items() if not supports(*p.sizes[-2:])}
+    odd |= {
+        n for n, p in packed.items() if p.dim() == 3 and any(o.rpartition(".")[0] == n.rpartition(".")[0] for o in odd)
+    }
+    assert tiled == packed.keys() - odd
     assert tiled
     assert f"prepack: {len(tiled)} packed weights put into tiles, {len(packed) - len(tiled)} left" in caplog.text
     assert not any(is_tiled(p.qdata) for p in plain.parameters() if isinstance(p, NVFP4Weight))

@@ -14,6 +14,7 @@ from torch import nn
 
 import fx_nvfp4
 from fx_nvfp4 import NVFP4Warning, NVFP4Weight
+from fx_nvfp4.backend import collect_reports
 from fx_nvfp4.layouts import is_tiled, weight_sizes
 from fx_nvfp4.prepack import prepack
 
@@ -22,7 +23,7 @@ op = torch.ops.fx_nvfp4
 IDS = torch.tensor([[3, 0], [1, 1], [-1, 2]])
 
 
-@pytest.fixture(params=["plain", "c++"], autouse=True)
+@pytest.fixture(params=["plain", "c++"])
 def body(request, monkeypatch):
     monkeypatch.setenv("FX_NVFP4_CPU", request.param)
 
@@ -52,6 +53,7 @@ OPS = {
 }
 
 
+@pytest.mark.usefixtures("body")
 @pytest.mark.parametrize("name", OPS)
 def test_ops_give_the_bits_of_the_canonical_layout(name):
     weight, one = make_weight(), make_weight((N, K), seed=1)
@@ -75,6 +77,7 @@ def moe(tiled, layout, function=op.moe, weighted="output"):
                     activation, layout, weighted=weighted, down_activations="dynamic")  # fmt: skip
 
 
+@pytest.mark.usefixtures("body")
 @pytest.mark.parametrize("tiled", [("up",), ("down",), ("up", "down")], ids=" and ".join)
 @pytest.mark.parametrize("layout", BLOCKS)
 def test_moe_gives_the_bits_of_the_canonical_layout(layout, tiled):
@@ -145,7 +148,11 @@ def test_of_tiles_views_that_cut_them_are_unpacked_in_a_compiled_graph_too():
 
     torch._dynamo.reset()
     compiled = torch.compile(run, backend="nvfp4_emu", fullgraph=True, options={"codegen": False})
-    assert torch.equal(compiled(operand, weight), run(operand, weight.canonical()))
+    with collect_reports() as report:
+        assert torch.equal(compiled(operand, weight), run(operand, weight.canonical()))
+    assert [m.source for m in report.matched] == ["packed tensor", "packed tensor, tiles"]
+    (note,) = report.notes
+    assert "a weight is taken out of its tiles at each call" in note
 
 
 @pytest.mark.parametrize("inference", [False, True])
@@ -183,6 +190,11 @@ def negative(weight):
     return weight
 
 
+def of_several_processes(weight):
+    weight.share_memory_()
+    return weight
+
+
 def kept(weight):
     weight.keep = weight.detach()  # as a state dict does
     return weight
@@ -193,6 +205,7 @@ REFUSED = {
     "rows": (lambda: make_weight((E, 24, K)), r"experts\.w is \[24, 64\]"),
     "columns": (lambda: make_weight((E, N, 48)), r"experts\.w is \[96, 48\]"),
     "shared": (lambda: kept(make_weight()), r"codes of experts\.w share their memory with 1 other"),
+    "shared with processes": (lambda: of_several_processes(make_weight()), r"codes of experts\.w .* other processes"),
     "part of another": (lambda: make_weight((E, N, 2 * K))[..., :K], r"expected contiguous and aligned"),
 }
 
@@ -282,6 +295,20 @@ def experts(monkeypatch):
     return moe_parents.ExpertHit(torch.float32, moe_parents.FusedGateMLP).eval()
 
 
+@pytest.mark.parametrize("width", [64, 48])
+def test_experts_of_one_module_keep_one_layout(width):
+    model = nn.Module()
+    model.layer = nn.Module()
+    model.layer.gate_up_proj = hold(make_weight((E, 2 * width, K)))
+    model.layer.down_proj = hold(make_weight((E, K, width), seed=1))
+    model.layer.proj = hold(make_weight((N, K), seed=2))
+    done = fx_nvfp4.prepack(model)
+    experts = ["layer.gate_up_proj", "layer.down_proj"]
+    assert done.converted == [*(experts if width == 64 else []), "layer.proj"]
+    assert list(done.left) == ([] if width == 64 else experts)
+    assert all("layer.down_proj is [64, 48]" in reason for reason in done.left.values())
+
+
 def test_prepacked_experts_are_fused_as_they_are(experts):
     rows = moe_parents.hidden_states(2, 9)
     expected = experts(rows)
@@ -291,11 +318,33 @@ def test_prepacked_experts_are_fused_as_they_are(experts):
     torch.testing.assert_close(experts(rows), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_experts_that_were_fused_are_prepacked(experts):
+    rows = moe_parents.hidden_states(2, 9)
+    fx_nvfp4.prepare(experts)
+    expected = experts(rows)
+    assert fx_nvfp4.prepack(experts).converted == ["experts.gate_up_proj", "experts.down_proj"]
+    torch.testing.assert_close(experts(rows), expected, rtol=0, atol=0)
+
+
 def test_experts_of_which_some_are_tiled_stay_a_list(experts):
     fx_nvfp4.prepack(experts.experts[1])
     with pytest.warns(NVFP4Warning, match="expert 1"):
         fx_nvfp4.prepare(experts)
     assert len(experts.experts) == moe_parents.EXPERTS
+
+
+def test_calibration_finds_the_same_scales(experts):
+    def scales():
+        with fx_nvfp4.calibrate(experts) as found:
+            experts(moe_parents.hidden_states(2, 9))
+        return found.amax
+
+    for expert in experts.experts:
+        for linear in (expert.w13, expert.w2):
+            linear.weight = hold(linear.weight.data.replace(activations="uncalibrated"))
+    canonical = scales()
+    assert not fx_nvfp4.prepack(experts).left
+    assert scales() == canonical
 
 
 def test_prepack_is_the_inverse_of_canonical_parts():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -34,10 +35,10 @@ class Observer(TorchDispatchMode):
 
     def slots(self, w: NVFP4Weight) -> NVFP4Weight:
         """The weight with a slot, or one an expert, that nobody else has."""
-        count = w.qdata.shape[:-2].numel()
+        count = math.prod(w.stored)
         slots = torch.arange(self._slots, self._slots + count, dtype=torch.float64, device=w.qdata.device)
         self._slots += count
-        return w.replace(activations=UNCALIBRATED, act_scale=slots.view(w.qdata.shape[:-2]))
+        return w.replace(activations=UNCALIBRATED, act_scale=slots.view(w.stored))
 
     def amax(self, w: NVFP4Weight) -> Tensor:
         """fp32 [] or [E] on the CPU: what entered a weight that :meth:`slots` gave; 0 where nothing did."""
