@@ -14,12 +14,13 @@ from torch import Tensor
 from .activation import parse
 from .block import Block, Projection
 from .kernels import moe as moe_kernels
-from .kernels import tiled_moe as kernels
 from .kernels.entry import enter
 from .kernels.grouped import row_groups
 from .kernels.tile_config import TileConfigs, by_load, choose, target_of
 from .kernels.tile_table import batches_in_tiles, sort_into_tiles
-from .kernels.tiled_moe import Routing, Rows, TiledOperand
+from .kernels.tiled_down import down
+from .kernels.tiled_operands import Routing, Rows, TiledOperand
+from .kernels.tiled_up import up as up_product
 from .layouts import is_tiled
 from .prepack import TILE_ROWS
 from .reference import Activations
@@ -59,17 +60,17 @@ def moe(x: Tensor, ids: Tensor, weights: Tensor, block: Block, configs: TileConf
     if all(act.scale is acts[0].scale for act in acts):
         rows = _enter(x, acts[0], slots, entering, apart, permute)
         text, permute_h = block.activation.to_triton(), fused and permute
-        h = kernels.up(rows, gate, up, interleaved, routing, per_row, text, h_scale, permute_h, configs.up)
+        h = up_product(rows, gate, up, interleaved, routing, per_row, text, h_scale, permute_h, configs.up)
     else:
         # Rounded apart: each by itself, and the activation as plain operations.
         itself, parts, fused = parse("u").to_triton(), [], False
         for act, operand in zip(acts, (gate, up), strict=True):
             assert operand is not None
             rows = _enter(x, act, slots, entering, apart, permute)
-            parts.append(kernels.up(rows, None, operand, False, routing, per_row, itself, None, False, configs.up))
+            parts.append(up_product(rows, None, operand, False, routing, per_row, itself, None, False, configs.up))
         h = block.activation.evaluate(*parts).to(x.dtype)
     inner = Rows(h, permute, h_scale) if fused else _enter(h, down_act, slots.by_itself, None, True, permute)
-    y = kernels.down(inner, _operand(block.down), routing, configs.down)
+    y = down(inner, _operand(block.down), routing, configs.down)
     return moe_kernels.combine(y, ids, weights if block.weighted == "output" else None, block.experts)
 
 
@@ -81,7 +82,7 @@ def linear(x: Tensor, words: Tensor, scales: Tensor, global_scale: Tensor, act: 
     table = batches_in_tiles(1, len(rows), config.largest, x.device)
     # The activations' scale is one for all, so nobody asks whose rows they are.
     entered = _enter(rows, act, Slots(table[:0], table[:0], 1), None, False, True)
-    return kernels.down(entered, weight, Routing(table, len(rows)), config).view(*x.shape[:-1], weight.n)
+    return down(entered, weight, Routing(table, len(rows)), config).view(*x.shape[:-1], weight.n)
 
 
 def batched(x: Tensor, words: Tensor, scales: Tensor, global_scale: Tensor, act: Activations) -> Tensor:
@@ -91,7 +92,7 @@ def batched(x: Tensor, words: Tensor, scales: Tensor, global_scale: Tensor, act:
     table = batches_in_tiles(experts, rows, config.largest, x.device)
     ids = torch.arange(experts, device=x.device).repeat_interleave(rows).unsqueeze(1) if act.needs_experts else table
     entered = _enter(x.reshape(-1, k), act, Slots(ids, ids, experts), None, act.needs_experts, True)
-    y = kernels.down(entered, TiledOperand(words, scales, global_scale, None), Routing(table, experts * rows), config)
+    y = down(entered, TiledOperand(words, scales, global_scale, None), Routing(table, experts * rows), config)
     return y.view(experts, rows, -1)
 
 
@@ -102,7 +103,7 @@ def indexed(x: Tensor, words: Tensor, scales: Tensor, global_scale: Tensor, ids:
     config = by_load(len(x) / len(words), target_of(x))
     routing = Routing(sort_into_tiles(slots.ids, len(words), config.largest), len(x))
     entered = _enter(x, act, slots, None, act.needs_experts, True)
-    return kernels.down(entered, weight, routing, config, everyone=False)
+    return down(entered, weight, routing, config, everyone=False)
 
 
 def grouped(x: Tensor, words: Tensor, scales: Tensor, global_scale: Tensor, offs: Tensor, act: Activations) -> Tensor:

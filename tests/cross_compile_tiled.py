@@ -18,7 +18,8 @@ from fx_nvfp4.kernels.tile_table import (
     table_of_batches_kernel,
     table_of_counts_kernel,
 )
-from fx_nvfp4.kernels.tiled_moe import tiled_down_kernel, tiled_up_kernel
+from fx_nvfp4.kernels.tiled_down import tiled_down_kernel
+from fx_nvfp4.kernels.tiled_up import tiled_up_kernel
 
 LOADS = (1, 10, 40, 200)
 QUICK_LOADS = (1, 200)

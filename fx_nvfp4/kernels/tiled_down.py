@@ -1,0 +1,173 @@
+# mypy: allow-untyped-defs
+"""The down product of a routed block on tiled weights, and every product whose rows are in tiles; see tiled_up."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import wait_for_inputs
+from .tile_config import TileConfig
+from .tiled import FACTOR, prefetch, product, scaled
+from .tiled_operands import Routing, Rows, TiledOperand, constants, stride
+from .tiled_work import find_tile, find_work, row_scale, slots_of_tile
+
+
+@triton.jit
+def down_tile(
+    slots_ptr,
+    tile,
+    count,
+    out_ptr,
+    x_ptr,
+    words,
+    scales,
+    tile_mask,
+    global_scale_ptr,
+    bias_ptr,
+    factor,
+    output,
+    N,
+    K,
+    stride_gn,
+    stride_bn,
+    TOKENS: tl.constexpr,
+    PERMUTED: tl.constexpr,
+    DIRECT: tl.constexpr,
+    FORM: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    MASKED: tl.constexpr,
+    WAIT: tl.constexpr,
+):
+    """The tile's rows of out; pointers to scales and biases are the expert's own."""
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    slots, mask = slots_of_tile(slots_ptr, tile, count, TOKENS, DIRECT)
+    x_ptrs = x_ptr + slots * K
+    scale = row_scale(global_scale_ptr, stride_gn, output, N, factor)
+    acc = product(
+        words, scales, tile_mask, x_ptrs, mask, K, ROWS, TOKENS, BLOCK_K, STAGES, MASKED, PERMUTED, WAIT, dtype, FORM
+    )
+    y = scaled(acc, scale, bias_ptr, stride_bn, output, N, dtype)
+    ptrs = out_ptr + slots[:, None] * N + output[None, :]
+    tl.store(ptrs, tl.trans(y.to(dtype)), mask=mask[:, None] & (output < N)[None, :])
+
+
+@triton.jit(do_not_specialize=["tiles", "parts", "experts", "stride_ie"])
+def tiled_down_kernel(
+    table_ptr,
+    out_ptr,
+    x_ptr,
+    words_ptr,
+    scales_ptr,
+    global_scale_ptr,
+    bias_ptr,
+    in_scale_ptr,
+    tiles,
+    parts,
+    experts,
+    N,
+    K,
+    stride_we,
+    stride_ge,
+    stride_gn,
+    stride_be,
+    stride_bn,
+    stride_ie,
+    PERMUTED: tl.constexpr,
+    DIRECT: tl.constexpr,
+    FORM: tl.constexpr,
+    ROWS: tl.constexpr,
+    SMALLEST: tl.constexpr,
+    BODIES: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    MASKED: tl.constexpr,
+    WAIT: tl.constexpr,
+    PREFETCHED: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """out[slot, :N] = row `slot` of x, permuted, by the slot's expert."""
+    tile, part = find_work(tiles, parts, AT_ONCE)
+    expert, count, slots_ptr = find_tile(table_ptr, tile, SMALLEST << (BODIES - 1), DIRECT)
+    if (count == 0) | (expert < 0) | (expert >= experts):
+        wait_for_inputs(PDL)
+        return
+    own = part * (ROWS // 16) + tl.arange(0, ROWS // 16)
+    words = words_ptr + (expert * stride_we + own * (K * 2))
+    scales = scales_ptr + (expert * (stride_we // 4) + own * (K // 2))
+    if PDL:
+        if PREFETCHED:
+            prefetch(words, PREFETCHED)
+        wait_for_inputs(PDL)
+    factor = FACTOR
+    if in_scale_ptr is not None:
+        factor *= tl.load(in_scale_ptr + expert * stride_ie).to(tl.float32)
+    global_scale_ptr += expert * stride_ge
+    if bias_ptr is not None:
+        bias_ptr += expert * stride_be
+    output = part * ROWS + tl.arange(0, ROWS)
+    for body in tl.static_range(BODIES):
+        if (count <= SMALLEST << body) & (count > (SMALLEST << body) // 2 * min(body, 1)):
+            down_tile(
+                slots_ptr,
+                tile,
+                count,
+                out_ptr,
+                x_ptr,
+                words,
+                scales,
+                own < N // 16,
+                global_scale_ptr,
+                bias_ptr,
+                factor,
+                output,
+                N,
+                K,
+                stride_gn,
+                stride_bn,
+                SMALLEST << body,
+                PERMUTED,
+                DIRECT,
+                FORM,
+                ROWS,
+                BLOCK_K,
+                STAGES,
+                MASKED,
+                WAIT,
+            )
+
+
+def down(rows: Rows, weight: TiledOperand, routing: Routing, config: TileConfig, everyone: bool = True) -> Tensor:
+    """Row s of x [slots, K] by the expert of slot s -> [slots, N].
+
+    As :func:`up` this reads the table before the kernel that was launched last has ended.
+
+    Args:
+        everyone: every slot has an expert, or what the others get does not matter; else they get zeros.
+    """
+    x = rows.x
+    weight.check(x)
+    out = x.new_empty(routing.slots, weight.n) if everyone else x.new_zeros(routing.slots, weight.n)
+    if out.numel() == 0:
+        return out
+    parts = triton.cdiv(weight.n, config.rows)
+    with torch.cuda.device_of(x):
+        tiled_down_kernel[(len(routing.table) * parts,)](
+            routing.table,
+            out,
+            x,
+            *weight.pointers(),
+            rows.scale,
+            len(routing.table),
+            parts,
+            len(weight.words),
+            weight.n,
+            weight.k,
+            *weight.strides(),
+            stride(rows.scale),
+            **constants(rows, routing, config, bool(weight.n % config.rows or weight.k % config.block_k)),
+        )
+    return out

@@ -1,0 +1,49 @@
+# mypy: allow-untyped-defs
+"""Which tile a program of a product on tiled weights computes, as Triton device functions."""
+
+import triton
+import triton.language as tl
+
+from .tile_table import HEADER
+
+
+@triton.jit
+def find_work(tiles, parts, AT_ONCE: tl.constexpr):
+    """(tile, part of the rows) of this program: AT_ONCE tiles take turns, so that programs that run together share."""
+    pid = tl.program_id(0)
+    first = pid // (AT_ONCE * parts) * AT_ONCE
+    size = tl.minimum(tiles - first, AT_ONCE)
+    inside = pid - first * parts
+    return first + inside % size, inside // size
+
+
+@triton.jit
+def find_tile(table_ptr, tile, LARGEST: tl.constexpr, DIRECT: tl.constexpr):
+    """(expert, number of slots, where they are) of a tile; with DIRECT table holds ids, and every slot is a tile."""
+    if DIRECT:
+        expert, count, slots_ptr = tl.load(table_ptr + tile), tile * 0 + 1, table_ptr
+    else:
+        row = table_ptr + tile * (HEADER + LARGEST)
+        expert, count, slots_ptr = tl.load(row), tl.load(row + 1), row + HEADER
+    return expert.to(tl.int64), count, slots_ptr
+
+
+@triton.jit
+def slots_of_tile(slots_ptr, tile, count, TOKENS: tl.constexpr, DIRECT: tl.constexpr):
+    """(int64 slots [TOKENS], mask)."""
+    place = tl.arange(0, TOKENS)
+    mask = place < count
+    slots = tile + place if DIRECT else tl.load(slots_ptr + place, mask=mask, other=0)
+    return slots.to(tl.int64), mask
+
+
+@triton.jit
+def row_scale(global_scale_ptr, stride_gn, n, N, factor):
+    """float32 [rows n], what brings a sum of products to its value."""
+    return tl.load(global_scale_ptr + n * stride_gn, mask=n < N, other=0.0) * factor
+
+
+@triton.jit
+def distance(to, origin, BYTES: tl.constexpr):
+    """How many elements of BYTES lie between two pointers, as an offset: a choice between pointers is not pipelined."""
+    return tl.multiple_of((to.to(tl.int64) - origin.to(tl.int64)) // BYTES, 8)
