@@ -38,21 +38,20 @@ class Layer:
         return self.gate_up.qdata.device
 
     @cached_property
-    def packed(self) -> tuple[NVFP4Weight, NVFP4Weight]:
-        """As the products read them."""
+    def tiled(self) -> tuple[NVFP4Weight, NVFP4Weight]:
+        """(gate_up, down) in tiles where kernels read them so; the backend would put them there itself if nobody else
+        needed them as they are."""
         weights = self.gate_up, self.down
         suited = self.device.type == "cuda" and all(supports(*w.shape[-2:]) for w in weights)
         return (self.gate_up.tiled(), self.down.tiled()) if suited else weights
 
-    def weights(self, format: str) -> tuple[NVFP4Weight, NVFP4Weight]:
-        """(gate_up, down) whose products run in one of FORMATS.
-
-        On a GPU in tiles, where the backend would put them itself if nobody needed them as they are.
-        """
+    def weights(self, format: str, tiled: bool = False) -> tuple[NVFP4Weight, NVFP4Weight]:
+        """(gate_up, down) whose products run in one of FORMATS; the packed parts are shared."""
+        weights = self.tiled if tiled else (self.gate_up, self.down)
         if format == "w4a16":
-            return self.packed
+            return weights
         scales = self.act_scales if format == "w4a4" else [scale.max() for scale in self.act_scales]
-        pairs = zip(self.packed, scales, strict=True)
+        pairs = zip(weights, scales, strict=True)
         gate_up, down = (w.replace(activations="static", act_scale=scale) for w, scale in pairs)
         return gate_up, down
 

@@ -66,7 +66,7 @@ class Emulated:
     """
 
     def __init__(self, layer: Layer, format: str) -> None:
-        experts = GroupedExperts(*layer.weights(format))
+        experts = GroupedExperts(*layer.weights(format, tiled=True))
         self.compiled = torch.compile(experts, backend="nvfp4_emu", dynamic=True)
         self.report = Report()
 
