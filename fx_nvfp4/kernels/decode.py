@@ -84,10 +84,13 @@ def fp32_to_e4m3(x):
 
 
 @triton.jit
-def fp32_to_e2m1(x):
-    """float32 -> E2M1 codes (uint8); ties to even, saturates at 6 (infinity too), sign kept also on zero, NaN -> +6."""
-    bits = x.to(tl.int32, bitcast=True)
-    magnitude = bits & 0x7FFFFFFF
-    code = tl.minimum(_round_magnitude(magnitude, 127, 22), 7)
-    code = tl.where(magnitude > 0x7F800000, 7, code | ((bits >> 28) & 0x8))
-    return code.to(tl.uint8)
+def round_to_e2m1(x):
+    """float32 to the nearest of 0, 0.5, 1, 1.5, 2, 3, 4, 6 with its sign; ties to even codes, NaN to +6."""
+    magnitude = tl.minimum(tl.abs(x), 6.0)  # of a NaN, 6
+    # Adding 1.5 * 2^22 * p, and taking it off again, rounds to multiples of p / 2, ties to even ones. p is the power of
+    # two that the number begins with, and no less than 1.
+    p = tl.maximum(magnitude.to(tl.int32, bitcast=True) & 0x7F800000, 0x3F800000)
+    shift = (p + 0x0B400000).to(tl.float32, bitcast=True)
+    rounded = ((magnitude + shift) - shift).to(tl.int32, bitcast=True)
+    sign = tl.where(x == x, x.to(tl.int32, bitcast=True) & -0x80000000, 0)
+    return (rounded | sign).to(tl.float32, bitcast=True)

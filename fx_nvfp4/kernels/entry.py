@@ -11,20 +11,18 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import ENTRY_BLOCK
-from .decode import e2m1_to_fp16
-from .fake_quantize import quantize_blocks
+from .fake_quantize import round_blocks
 from .launch import dependent_launch, wait_for_inputs
 from .operands import require
 from .routing import load_expert
 
 
 @triton.jit
-def round_blocks(x, act_scale):
+def round_unscaled(x, act_scale):
     """x [B, 16] float32 to code * block_scale [B, 16] float32, for one activation scale, float64."""
     # Both rounded from float64, so that neither is the rounded inverse of a rounded number.
-    scale, inverse = act_scale.to(tl.float32), (1.0 / act_scale).to(tl.float32)
-    codes, block_scale = quantize_blocks(x, scale, inverse)
-    return e2m1_to_fp16(codes).to(tl.float32) * block_scale[:, None]
+    codes, block_scale = round_blocks(x, act_scale.to(tl.float32), (1.0 / act_scale).to(tl.float32))
+    return codes * block_scale[:, None]
 
 
 @triton.jit
@@ -73,7 +71,7 @@ def entry_kernel(
             found = load_expert(ids_ptr, row, slots, E)
             expert = tl.where(found < E, found, 0)
         blocks_of_x = tl.reshape(x.to(tl.float32), (BLOCK // 16, 16))
-        x = tl.reshape(round_blocks(blocks_of_x, tl.load(in_scale_ptr + expert)), (BLOCK,)).to(dtype)
+        x = tl.reshape(round_unscaled(blocks_of_x, tl.load(in_scale_ptr + expert)), (BLOCK,)).to(dtype)
     if PERMUTE:
         x = tl.reshape(permute_chunks(tl.reshape(x, (1, BLOCK)), 1, BLOCK), (BLOCK,))
     tl.store(out_ptr + row * K + column, x, mask=column < K)

@@ -7,13 +7,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import FAKE_QUANTIZE_BLOCKS
-from .decode import e2m1_to_fp16, e4m3_to_fp16, fp32_to_e2m1, fp32_to_e4m3
+from .decode import e4m3_to_fp16, fp32_to_e4m3, round_to_e2m1
 from .operands import FLOAT_DTYPES, require
 
 
 @triton.jit
-def quantize_blocks(x, act_scale, inverse_act_scale):
-    """float32 x [B, 16] with one activation scale per block [B] -> uint8 codes [B, 16], float32 block scales [B].
+def round_blocks(x, act_scale, inverse_act_scale):
+    """float32 x [B, 16] with one activation scale per block [B], or one -> codes' values and block scales [B], float32.
 
     scale = e4m3(g * (amax / 6)), code = e2m1(x * (1 / (scale * (1 / g)))) with g = inverse_act_scale, each step rounded
     to float32; a block whose scale rounds to zero is zero, signs kept. NaN does not count in amax and becomes +6.
@@ -25,7 +25,7 @@ def quantize_blocks(x, act_scale, inverse_act_scale):
     # Triton's / is not correctly rounded on a GPU, and one ulp is enough to move a tie.
     step = tl.where(scale > 0.0, scale * act_scale, float("inf"))
     to_code = tl.div_rn(tl.full(step.shape, 1.0, tl.float32), step)
-    return fp32_to_e2m1(x * to_code[:, None]), scale
+    return round_to_e2m1(x * to_code[:, None]), scale
 
 
 @triton.jit
@@ -56,10 +56,10 @@ def fake_quantize_kernel(
     in_group = mask & (group >= 0) & (group < groups)
     act_scale = tl.load(act_scale_ptr + group, mask=in_group, other=0.0)
     inverse_act_scale = tl.load(inverse_act_scale_ptr + group, mask=in_group, other=0.0)
-    codes, scale = quantize_blocks(x, act_scale, inverse_act_scale)
+    codes, scale = round_blocks(x, act_scale, inverse_act_scale)
     if APPLY_SCALE:
         scale *= act_scale
-    values = e2m1_to_fp16(codes).to(tl.float32) * scale[:, None]
+    values = codes * scale[:, None]
     tl.store(out_ptr + element, values.to(out_ptr.dtype.element_ty), mask=mask[:, None])
 
 

@@ -8,7 +8,7 @@ through shared memory, and with few tokens on M most of a tile would be empty.
 import triton
 import triton.language as tl
 
-from .entry import permute_chunks, round_blocks
+from .entry import permute_chunks, round_unscaled
 from .fragments import decode_fragments
 
 # What the left operand lacks: see prepack.DECODED_FACTOR.
@@ -111,7 +111,7 @@ def leave(h, act_scale_ptr, PERMUTE: tl.constexpr, dtype: tl.constexpr):
     rows = tl.trans(h.to(dtype))
     if act_scale_ptr is not None:
         blocks = tl.reshape(rows.to(tl.float32), (TOKENS * OUTPUTS // 16, 16))
-        rows = tl.reshape(round_blocks(blocks, tl.load(act_scale_ptr)), (TOKENS, OUTPUTS)).to(dtype)
+        rows = tl.reshape(round_unscaled(blocks, tl.load(act_scale_ptr)), (TOKENS, OUTPUTS)).to(dtype)
     if PERMUTE and OUTPUTS % 64 == 0:
         rows = permute_chunks(rows, TOKENS, OUTPUTS)
     return rows
