@@ -1,0 +1,87 @@
+"""Every variant measured on the same text."""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import Trace, expert_errors, layer_errors, trace
+from .evaluate import check_emulated, choices, compile_emulated, losses
+from .presets import Preset
+from .questions import Questions, make_questions
+from .text import Text
+from .variants import BF16, Variant, quantised
+
+
+@dataclass(frozen=True)
+class Result:
+    """Figures of one variant.
+
+    Attributes:
+        perplexity: of a held-out byte.
+        right: share of right answers.
+        as_bf16: share of answers that the bf16 model gives too.
+        layers_alone, layers_after: see :func:`errors.layer_errors`; empty for bf16, as are the next.
+        experts: relative error by layer and expert, None where no byte went to it.
+    """
+
+    name: str
+    perplexity: float
+    right: float
+    as_bf16: float
+    layers_alone: list[float]
+    layers_after: list[float]
+    experts: list[list[float | None]]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Data:
+    """What all variants are measured on."""
+
+    windows: Tensor
+    questions: Questions
+    calibration: list[Tensor]
+    batch: int
+    device: torch.device
+
+
+def make_data(text: Text, preset: Preset, device: torch.device, seed: int) -> Data:
+    calibration = text.windows(preset.calibration, preset.context, seed=seed - 1).to(device).split(preset.batch)
+    return Data(
+        text.held_out_windows(preset.windows, preset.context),
+        make_questions(text, preset.questions, preset.context, seed),
+        list(calibration),
+        preset.batch,
+        device,
+    )
+
+
+def study(dense: nn.Module, data: Data, variants: Iterable[Variant]) -> Iterator[Result]:
+    """Results one by one; the first variant must be bf16, with which the others are compared."""
+    found = trace(dense, data.windows[: data.batch].to(data.device))
+    expected = data.questions.right
+    for variant in variants:
+        torch._dynamo.reset()
+        model = quantised(dense, variant, data.calibration)
+        check_emulated(model, data.windows[: data.batch].to(data.device), len(found.keywords))
+        compiled = compile_emulated(model, variant.options)
+        loss = losses(compiled, data.windows, data.batch, data.device).double().mean().item()
+        chosen = choices(compiled, data.questions, data.batch, data.device)
+        if variant.name == BF16:
+            expected = chosen
+        shares = [(chosen == other).double().mean().item() for other in (data.questions.right, expected)]
+        yield Result(variant.name, math.exp(loss), *shares, *_errors(model, variant, found))
+
+
+def _errors(
+    model: nn.Module, variant: Variant, found: Trace
+) -> tuple[list[float], list[float], list[list[float | None]]]:
+    if variant.config is None:
+        return [], [], []
+    return *layer_errors(model, found, variant.options), expert_errors(model, found, variant.options)
