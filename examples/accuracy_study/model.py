@@ -41,8 +41,11 @@ def load_dense(folder: Path) -> Any:
 
 
 def for_evaluation(model: nn.Module, device: torch.device) -> nn.Module:
-    """In bfloat16, as published checkpoints are."""
-    return model.to(device, torch.bfloat16).eval().requires_grad_(False)
+    """With weights in bfloat16, as published checkpoints are; what is computed from the config, as rotations, stays."""
+    model.to(device).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    return model
 
 
 def parameters(model: nn.Module) -> int:
