@@ -84,6 +84,14 @@ def run_make_checkpoint(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_lm_eval(args: argparse.Namespace) -> int:
+    """Hand over to lm-evaluation-harness."""
+    from .lm_harness import main as harness
+
+    harness(args.arguments)
+    return 0
+
+
 def _from_checkpoint(args: argparse.Namespace) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     if args.checkpoint is None:
         raise UsageError("explain: give a checkpoint, or --module for a model of yours")
@@ -186,6 +194,11 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--shard-gb", type=float, default=5.0, help="most of one file; default %(default)s")
     made.add_argument("--seed", type=int, default=0)
     made.set_defaults(run=run_make_checkpoint)
+
+    # Nothing begins with that character: all arguments are the harness'.
+    harness = commands.add_parser("lm-eval", help="lm_eval's command line, with the model fx_nvfp4", prefix_chars="\0")
+    harness.add_argument("arguments", nargs="*", help="as lm_eval takes them")
+    harness.set_defaults(run=run_lm_eval)
 
     for command in (explained, faithful):
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -54,8 +54,10 @@ ALLOWED = {
         *("reference", "report_table", "tensor"),
     },
     "random_checkpoint": {"checkpoints", "format", "random_checkpoint"},
+    "lm_harness": {"checkpoint", "prepare"},
     "cli": {
         *("checkpoint", "checkpoints", "dialects", "explain", "faithfulness", "inspect_table", "random_checkpoint"),
+        "lm_harness",
     },
     "__main__": {"cli"},
     "debug_files": {"report"},
