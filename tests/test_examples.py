@@ -48,6 +48,19 @@ def test_quantize_model_compiles_to_eager_and_loads_what_it_saved(tmp_path):
 
 
 @pytest.mark.slow
+def test_compare_formats_orders_them_and_tells_rules_apart(tmp_path):
+    lines = run("compare_formats.py", tmp_path).splitlines()[1:]
+    rows = {
+        name: [float(n.rstrip("%")) for n in line.split()] for name, line in ((s[:34].strip(), s[34:]) for s in lines)
+    }
+    bf16, weights, both = (rows[name][0] for name in ("bf16", "W4A16", "W4A4 static, hardware"))
+    assert bf16 < 0.01 < weights < both < 0.4
+    # vLLM's reference gives the hardware's numbers; the exporters differ in small blocks.
+    assert rows["W4A4 static, vllm"][1:] == [0, 100]
+    assert all(rows[f"W4A4 static, {name}"][2] < 60 for name in ("compressed-tensors", "modelopt", "torchao"))
+
+
+@pytest.mark.slow
 def test_accuracy_trains_measures_and_finds_its_checkpoint_again(tmp_path):
     pytest.importorskip("transformers")
     file, plot = tmp_path / "results.json", tmp_path / "results.png"
