@@ -25,7 +25,7 @@ def build(preset: Preset) -> Any:
         moe_intermediate_size=preset.inner,
         max_position_embeddings=preset.context,
         experts_implementation="grouped_mm",
-        router_aux_loss_coef=0.01,
+        router_aux_loss_coef=0.0,
         use_cache=False,
         bos_token_id=None,
         eos_token_id=None,

@@ -62,7 +62,7 @@ def plot(results: Sequence[Result], questions: int, file: Path) -> None:
     count = len(shape[0])
     layers.set(xlabel="layer", ylabel="relative error of the hidden state after it", yscale="log")
     layers.set_xticks(range(len(shape)))
-    layers.legend(fontsize="x-small")
+    layers.legend(fontsize="xx-small", loc="lower right")
     experts.set(xlabel=f"expert ({count} a layer)", ylabel="relative error of its results", yscale="log")
     experts.set_xticks(range(0, count * len(shape), count))
     experts.grid(axis="x")
@@ -73,11 +73,11 @@ def _bars(perplexity: Any, right: Any, results: Sequence[Result], questions: int
     names, best = [r.name for r in results], results[0].perplexity
     bars = perplexity.barh(names, [r.perplexity for r in results])
     perplexity.bar_label(bars, [f"{r.perplexity:.3f}" for r in results], label_type="center", color="white")
-    perplexity.set(xlabel="perplexity", xscale="log", xlim=(0.95 * best, None))
+    perplexity.set(xlabel="perplexity", xlim=(0.98 * best, None))
     right.barh(names, [r.right for r in results], xerr=[_spread(r.right, questions) for r in results])
     right.axvline(1 / CHOICES, color="black", linestyle=":", label="guessing")
     right.set(xlabel="answers right")
-    right.legend()
+    right.legend(loc="lower right")
     for axes in (perplexity, right):
         axes.invert_yaxis()
     right.tick_params(labelleft=False)
