@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -59,6 +60,7 @@ class Row:
         way: see :mod:`ways`.
         tokens: of a prompt.
         prefill, decode: median seconds of the forward pass over the prompts, and over one new token each.
+        prefill_least, decode_least: the least; on a machine that others use it says more.
         first: seconds of the first generation, compilation included.
         size: bytes of the model's parameters and buffers.
     """
@@ -66,7 +68,9 @@ class Row:
     way: str
     tokens: int
     prefill: float
+    prefill_least: float
     decode: float
+    decode_least: float
     first: float
     size: int
 
@@ -126,7 +130,16 @@ def _time(model: Any, way: Way, tokens: int, settings: Settings, device: torch.d
         times = time_generation(model, prompt, settings.new_tokens, settings.repeats)
     finally:
         model.forward = forward
-    return Row(way.name, tokens, *times, _size(model))
+    return Row(
+        way.name,
+        tokens,
+        prefill=statistics.median(times.prefill),
+        prefill_least=min(times.prefill),
+        decode=statistics.median(times.decode),
+        decode_least=min(times.decode),
+        first=times.first,
+        size=_size(model),
+    )
 
 
 def _prompt(model: Any, batch: int, tokens: int, device: torch.device) -> Tensor:

@@ -5,7 +5,18 @@ from __future__ import annotations
 from ..report_table import table
 from .measure import Row, Study
 
-_HEADER = ("prompt", "way", "prefill ms", "tokens/s", "decode ms", "tokens/s", "first s", "weights GB")
+_HEADER = (
+    "prompt",
+    "way",
+    "prefill ms",
+    "least",
+    "tokens/s",
+    "decode ms",
+    "least",
+    "tokens/s",
+    "first s",
+    "weights GB",
+)
 
 _LEGEND = (
     "medians of the forward passes of generate() with a static cache; first: the first generation, which compiles;",
@@ -39,8 +50,10 @@ def _cells(study: Study, row: Row, first: bool) -> tuple[str, ...]:
         f"{row.tokens} tokens" if first else "",
         row.way,
         f"{row.prefill * 1e3:.1f}",
+        f"{row.prefill_least * 1e3:.1f}",
         f"{batch * row.tokens / row.prefill:,.0f}",
         f"{row.decode * 1e3:.2f}",
+        f"{row.decode_least * 1e3:.2f}",
         f"{batch / row.decode:,.1f}",
         f"{row.first:.1f}",
         f"{row.size / 1e9:.3g}",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,15 +33,25 @@ class Stopwatch:
             torch.cuda.synchronize(self._device)
 
 
-def time_generation(model: Any, prompt: Tensor, new_tokens: int, repeats: int) -> tuple[float, float, float]:
-    """Seconds of prefill, of a step of decoding (medians), and of the first generation, which compiles.
+@dataclass(frozen=True)
+class Times:
+    """Seconds of all passes over the prompts, of all steps of decoding, and of the first generation, which compiles."""
+
+    prefill: list[float]
+    decode: list[float]
+    first: float
+
+
+def time_generation(model: Any, prompt: Tensor, new_tokens: int, repeats: int) -> Times:
+    """Times of several generations.
 
     Greedy decoding with a static cache; model.forward is compiled already. new_tokens are generated after the one that
     the prefill gives.
     """
     settings: dict[str, Any] = {"max_new_tokens": new_tokens + 1, "min_new_tokens": new_tokens + 1, "do_sample": False}
     settings |= {"cache_implementation": "static", "disable_compile": True, "pad_token_id": 0}
-    prefill, decode = [], []
+    prefill: list[float] = []
+    decode: list[float] = []
     forward, model.forward = model.forward, Stopwatch(model.forward, prompt.device)
     try:
         start = time.perf_counter()
@@ -54,4 +64,4 @@ def time_generation(model: Any, prompt: Tensor, new_tokens: int, repeats: int) -
             decode += model.forward.seconds[1:]
     finally:
         model.forward = forward
-    return statistics.median(prefill), statistics.median(decode), first
+    return Times(prefill, decode, first)
