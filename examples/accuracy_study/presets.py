@@ -59,7 +59,7 @@ PRESETS = {
         calibration=32,
         variants=("bf16", "W4A16, mse", "W4A4 static, mse"),
     ),
-    # Some fifteen minutes on one core, most of them training.
+    # Ten to twenty minutes on one core, most of them training.
     "cpu": Preset(
         layers=3,
         experts=8,
@@ -78,7 +78,7 @@ PRESETS = {
         questions=512,
         calibration=128,
     ),
-    # Tens of millions of parameters.
+    # Some sixty million parameters.
     "gpu": Preset(
         layers=6,
         experts=16,

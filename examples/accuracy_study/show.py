@@ -17,9 +17,10 @@ def tables(results: Sequence[Result], questions: int) -> str:
 def _quality(results: Sequence[Result], questions: int) -> str:
     rows = [("variant", "perplexity", "of bf16", "answers right", "as bf16's")]
     for r in results:
-        ratio = r.perplexity / results[0].perplexity
         right = f"{r.right:.1%} +- {_spread(r.right, questions):.1%}"
-        rows.append((r.name, f"{r.perplexity:.4f}", f"{ratio:.4f}", right, f"{r.as_bf16:.1%}"))
+        rows.append(
+            (r.name, f"{r.perplexity:.4f}", f"{r.ratio:.4f} +- {r.ratio_spread:.4f}", right, f"{r.as_bf16:.1%}")
+        )
     return table(rows)
 
 
@@ -62,7 +63,7 @@ def plot(results: Sequence[Result], questions: int, file: Path) -> None:
     count = len(shape[0])
     layers.set(xlabel="layer", ylabel="relative error of the hidden state after it", yscale="log")
     layers.set_xticks(range(len(shape)))
-    layers.legend(fontsize="xx-small", loc="lower right")
+    figure.legend(loc="outside lower center", ncols=3)
     experts.set(xlabel=f"expert ({count} a layer)", ylabel="relative error of its results", yscale="log")
     experts.set_xticks(range(0, count * len(shape), count))
     experts.grid(axis="x")
@@ -70,14 +71,13 @@ def plot(results: Sequence[Result], questions: int, file: Path) -> None:
 
 
 def _bars(perplexity: Any, right: Any, results: Sequence[Result], questions: int) -> None:
-    names, best = [r.name for r in results], results[0].perplexity
-    bars = perplexity.barh(names, [r.perplexity for r in results])
-    perplexity.bar_label(bars, [f"{r.perplexity:.3f}" for r in results], label_type="center", color="white")
-    perplexity.set(xlabel="perplexity", xlim=(0.98 * best, None))
+    names = [r.name for r in results]
+    perplexity.errorbar([r.ratio for r in results], names, xerr=[r.ratio_spread for r in results], fmt="o", capsize=3)
+    perplexity.set(xlabel="perplexity, as a multiple of bf16's")
+    perplexity.grid(axis="x")
     right.barh(names, [r.right for r in results], xerr=[_spread(r.right, questions) for r in results])
-    right.axvline(1 / CHOICES, color="black", linestyle=":", label="guessing")
-    right.set(xlabel="answers right")
-    right.legend(loc="lower right")
+    right.axvline(1 / CHOICES, color="black", linestyle=":")
+    right.set(xlabel="answers right (dotted: guessing)")
     for axes in (perplexity, right):
         axes.invert_yaxis()
     right.tick_params(labelleft=False)
