@@ -99,13 +99,17 @@ def run_bench(args: argparse.Namespace) -> int:
             args.tokens, args.new_tokens, args.batch, args.repeats, args.activations, args.mode, args.ways
         )
         with opened(args.model) as folder:
-            study = bench(folder, settings, device, args.model.name, lambda line: print(line, file=sys.stderr))
+            study = bench(folder, settings, device, _name(args.model), lambda line: print(line, file=sys.stderr))
         if args.plot:
             save_bench_plot(study, args.plot)
     except (ValueError, OSError) as error:
         raise UsageError(f"bench: {error}") from error
     print(json.dumps(study.to_dict(), indent=1) if args.json else render_bench(study))
     return 0
+
+
+def _name(model: Path) -> str:
+    return model.resolve().name if model.is_dir() else str(model)
 
 
 def run_lm_eval(args: argparse.Namespace) -> int:
