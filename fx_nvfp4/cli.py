@@ -12,6 +12,11 @@ from typing import Any
 
 import torch
 
+from .benchmark import Settings, opened
+from .benchmark import measure as bench
+from .benchmark.plot import save_plot as save_bench_plot
+from .benchmark.table import render_bench
+from .benchmark.ways import WAYS
 from .checkpoint import CheckpointError, load
 from .checkpoints.inspect import inspect_checkpoint
 from .dialects import DIALECTS
@@ -81,6 +86,37 @@ def run_make_checkpoint(args: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         raise UsageError(f"make-checkpoint: {error}") from error
     print(f"{args.folder}: {sizes.weights / 1e9:.3g} billion packed weights, {size / 1e9:.3g} GB, {args.like}")
+    return 0
+
+
+def run_bench(args: argparse.Namespace) -> int:
+    """Time prefill and decoding of a whole model."""
+    if args.plot:
+        require_matplotlib()
+    device = _device(args.device)
+    try:
+        settings = Settings(
+            args.tokens, args.new_tokens, args.batch, args.repeats, args.activations, args.mode, args.ways
+        )
+        with opened(args.model) as folder:
+            study = bench(folder, settings, device, _name(args.model), lambda line: print(line, file=sys.stderr))
+        if args.plot:
+            save_bench_plot(study, args.plot)
+    except (ValueError, OSError) as error:
+        raise UsageError(f"bench: {error}") from error
+    print(json.dumps(study.to_dict(), indent=1) if args.json else render_bench(study))
+    return 0
+
+
+def _name(model: Path) -> str:
+    return model.resolve().name if model.is_dir() else str(model)
+
+
+def run_lm_eval(args: argparse.Namespace) -> int:
+    """Hand over to lm-evaluation-harness."""
+    from .lm_harness import main as harness
+
+    harness(args.arguments)
     return 0
 
 
@@ -187,9 +223,31 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--seed", type=int, default=0)
     made.set_defaults(run=run_make_checkpoint)
 
-    for command in (explained, faithful):
+    timed = commands.add_parser(
+        "bench", help="time prefill and decoding, beside 16-bit weights and dequantisation in the graph", epilog=_EXIT
+    )
+    timed.add_argument(
+        "--model", type=Path, required=True, help="folder of a checkpoint, or a Qwen3-MoE config.json: random weights"
+    )
+    timed.add_argument(
+        "--tokens", type=int, nargs="+", default=[128, 1024], help="lengths of prompts; default 128 1024"
+    )
+    for name, value in (("new-tokens", 32), ("batch", 1), ("repeats", 3)):
+        timed.add_argument(f"--{name}", type=int, default=value, help="default %(default)s")
+    timed.add_argument("--activations", choices=["checkpoint", "none"], default="checkpoint")
+    timed.add_argument("--mode", default="default", help="of torch.compile")
+    timed.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), help="default all")
+    timed.add_argument("--plot", type=Path, metavar="FILE", help="draw it too; needs matplotlib")
+    timed.set_defaults(run=run_bench)
+
+    # Nothing begins with that character: all arguments are the harness'.
+    harness = commands.add_parser("lm-eval", help="lm_eval's command line, with the model fx_nvfp4", prefix_chars="\0")
+    harness.add_argument("arguments", nargs="*", help="as lm_eval takes them")
+    harness.set_defaults(run=run_lm_eval)
+
+    for command in (explained, faithful, timed):
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    for command in (inspect, explained, faithful):
+    for command in (inspect, explained, faithful, timed):
         command.add_argument("--json", action="store_true", help="data instead of a table")
     for command in (inspect, explained):
         command.add_argument("--strict", action="store_true", help="exit with 1 on problems or refused sites")

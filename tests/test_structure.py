@@ -59,8 +59,14 @@ ALLOWED = {
         *("reference", "report_table", "tensor"),
     },
     "random_checkpoint": {"checkpoints", "format", "random_checkpoint"},
+    "benchmark": {
+        *("benchmark", "checkpoint", "checkpoints", "faithfulness", "format", "parameters", "random_checkpoint"),
+        *("report_table", "tensor"),
+    },
+    "lm_harness": {"checkpoint", "prepare"},
     "cli": {
-        *("checkpoint", "checkpoints", "dialects", "explain", "faithfulness", "inspect_table", "random_checkpoint"),
+        *("benchmark", "checkpoint", "checkpoints", "dialects", "explain", "faithfulness", "inspect_table"),
+        *("lm_harness", "random_checkpoint"),
     },
     "__main__": {"cli"},
     "debug_files": {"report"},
