@@ -35,6 +35,13 @@ class TileConfig:
     prefetched: int = 512
 
     @property
+    def text(self) -> str:
+        """For reports."""
+        tokens = f"{self.smallest}..{self.largest}" if self.bodies > 1 else str(self.largest)
+        tile = f"{self.rows} rows x {tokens} tokens, K step {self.block_k}"
+        return f"{tile}, {self.num_warps} warps, {self.num_stages} stages"
+
+    @property
     def bodies(self) -> int:
         return self.largest.bit_length() - self.smallest.bit_length() + 1
 
@@ -72,11 +79,12 @@ class TileConfigs:
 
 def target_of(tensor: Tensor) -> Target:
     """The kind of GPU that a tensor is on; for the interpreter any will do."""
-    return _target_of_device(tensor.device.index or 0) if tensor.is_cuda else "hopper"
+    return target_of_device(tensor.device.index or 0) if tensor.is_cuda else "hopper"
 
 
 @cache
-def _target_of_device(device: int) -> Target:
+def target_of_device(device: int) -> Target:
+    """The kind of a GPU by its number."""
     if torch.version.hip is not None:
         return "hip"
     return "hopper" if torch.cuda.get_device_capability(device)[0] == 9 else "cuda"
