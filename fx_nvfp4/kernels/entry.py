@@ -12,16 +12,17 @@ from torch import Tensor
 
 from .config import ENTRY_BLOCK
 from .fake_quantize import round_blocks
+from .fragments import form_of
 from .launch import dependent_launch, wait_for_inputs
 from .operands import require
 from .routing import load_expert
 
 
 @triton.jit
-def round_unscaled(x, act_scale):
+def round_unscaled(x, act_scale, NATIVE: tl.constexpr):
     """x [B, 16] float32 to code * block_scale [B, 16] float32, for one activation scale, float64."""
     # Both rounded from float64, so that neither is the rounded inverse of a rounded number.
-    codes, block_scale = round_blocks(x, act_scale.to(tl.float32), (1.0 / act_scale).to(tl.float32))
+    codes, block_scale = round_blocks(x, act_scale.to(tl.float32), (1.0 / act_scale).to(tl.float32), NATIVE)
     return codes * block_scale[:, None]
 
 
@@ -38,7 +39,7 @@ def permuted(column):
     return column // 64 * 64 + column // 4 % 4 * 16 + column // 2 % 2 * 8 + column // 16 % 4 * 2 + column % 2
 
 
-@triton.jit(do_not_specialize=["rows_per_x", "slots", "E"])
+@triton.jit(do_not_specialize=["slots", "E"])
 def entry_kernel(
     x_ptr,
     stride_xm,
@@ -46,35 +47,39 @@ def entry_kernel(
     weights_ptr,
     in_scale_ptr,
     out_ptr,
-    rows_per_x,
     slots,
     K,
     E,
+    ROWS: tl.constexpr,
     PER_EXPERT: tl.constexpr,
     PERMUTE: tl.constexpr,
+    NATIVE: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Row r of out from row r // rows_per_x of x; weights_ptr and in_scale_ptr are None where not wanted."""
+    """Rows ROWS * r to ROWS * (r + 1) of out from row r of x; weights and in_scale are None where not wanted."""
     wait_for_inputs(PDL)
     blocks = tl.cdiv(K, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
-    x = tl.load(x_ptr + row // rows_per_x * stride_xm + column, mask=column < K, other=0.0)
-    if weights_ptr is not None:
-        x = (x.to(tl.float32) * tl.load(weights_ptr + row).to(tl.float32)).to(dtype)
-    if in_scale_ptr is not None:
-        expert = 0
-        if PER_EXPERT:
-            # A slot of nobody is read by nobody; any scale will do.
-            found = load_expert(ids_ptr, row, slots, E)
-            expert = tl.where(found < E, found, 0)
-        blocks_of_x = tl.reshape(x.to(tl.float32), (BLOCK // 16, 16))
-        x = tl.reshape(round_unscaled(blocks_of_x, tl.load(in_scale_ptr + expert)), (BLOCK,)).to(dtype)
-    if PERMUTE:
-        x = tl.reshape(permute_chunks(tl.reshape(x, (1, BLOCK)), 1, BLOCK), (BLOCK,))
-    tl.store(out_ptr + row * K + column, x, mask=column < K)
+    whole = tl.load(x_ptr + row * stride_xm + column, mask=column < K, other=0.0)
+    for place in tl.static_range(ROWS):
+        slot = row * ROWS + place
+        x = whole
+        if weights_ptr is not None:
+            x = (x.to(tl.float32) * tl.load(weights_ptr + slot).to(tl.float32)).to(dtype)
+        if in_scale_ptr is not None:
+            expert = 0
+            if PER_EXPERT:
+                # A slot of nobody is read by nobody; any scale will do.
+                found = load_expert(ids_ptr, slot, slots, E)
+                expert = tl.where(found < E, found, 0)
+            blocks_of_x = tl.reshape(x.to(tl.float32), (BLOCK // 16, 16))
+            x = tl.reshape(round_unscaled(blocks_of_x, tl.load(in_scale_ptr + expert), NATIVE), (BLOCK,)).to(dtype)
+        if PERMUTE:
+            x = tl.reshape(permute_chunks(tl.reshape(x, (1, BLOCK)), 1, BLOCK), (BLOCK,))
+        tl.store(out_ptr + slot * K + column, x, mask=column < K)
 
 
 def enter(
@@ -104,19 +109,20 @@ def enter(
         return out
     block = min(ENTRY_BLOCK, triton.next_power_of_2(k))
     with torch.cuda.device_of(x):
-        entry_kernel[(len(out) * triton.cdiv(k, block),)](
+        entry_kernel[(len(x) * triton.cdiv(k, block),)](
             x,
             x.stride(0),
             None if ids is None else ids.contiguous(),
             None if weights is None else weights.contiguous(),
             None if act_scale is None else act_scale.contiguous(),
             out,
-            per_x,
             len(out),
             k,
             experts,
+            ROWS=per_x,
             PER_EXPERT=act_scale is not None and act_scale.ndim == 1,
             PERMUTE=permute,
+            NATIVE=form_of(x) == "sm90",
             BLOCK=block,
             num_warps=2 if block <= 512 else 4,
             **dependent_launch(x),
