@@ -196,6 +196,18 @@ def test_table_names_every_slot_once_in_rising_order(tokens, experts, device):
         assert found.get(e, []) == (flat == e).nonzero().flatten().tolist()
 
 
+@pytest.mark.parametrize("tokens", [3, 520])
+def test_rows_of_slots_are_weighted_and_rounded_by_their_experts(tokens, device):
+    """520 tokens are so many that a program reads a row once for all of its slots."""
+    x = torch.randn(tokens, 64, device=device).half()
+    ids, weights = routing(tokens, 3, 5, device)
+    act_scale = torch.rand(5, dtype=torch.float64, device=device) * 1e-3 + 5e-4
+    rows = (x.repeat_interleave(3, dim=0).float() * weights.reshape(-1, 1)).half()
+    expected, _ = Activations("static", act_scale, "hardware").enter_rows(rows, ids.reshape(-1), 5)
+    found = enter(x, ids, 5, weights, act_scale, apart=True)
+    torch.testing.assert_close(found, permute_k(expected), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("scale", [2.0**-20, 0.003, 1.0, 700.0])
 def test_rows_enter_with_the_oracle_s_bits(dtype, scale, device):

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import ENTRY_BLOCK
+from .config import ENTRY_BLOCK, ENTRY_TOKENS
 from .fake_quantize import round_blocks
 from .fragments import form_of
 from .launch import dependent_launch, wait_for_inputs
@@ -39,7 +39,7 @@ def permuted(column):
     return column // 64 * 64 + column // 4 % 4 * 16 + column // 2 % 2 * 8 + column // 16 % 4 * 2 + column % 2
 
 
-@triton.jit(do_not_specialize=["slots", "E"])
+@triton.jit(do_not_specialize=["rows_per_x", "slots", "E"])
 def entry_kernel(
     x_ptr,
     stride_xm,
@@ -47,6 +47,7 @@ def entry_kernel(
     weights_ptr,
     in_scale_ptr,
     out_ptr,
+    rows_per_x,
     slots,
     K,
     E,
@@ -57,15 +58,15 @@ def entry_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Rows ROWS * r to ROWS * (r + 1) of out from row r of x; weights and in_scale are None where not wanted."""
+    """Row r of out from row r // rows_per_x of x, ROWS of them in a program; weights and in_scale may be None."""
     wait_for_inputs(PDL)
     blocks = tl.cdiv(K, BLOCK)
-    row = (tl.program_id(0) // blocks).to(tl.int64)
+    first = (tl.program_id(0) // blocks).to(tl.int64) * ROWS
     column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
-    whole = tl.load(x_ptr + row * stride_xm + column, mask=column < K, other=0.0)
+    whole = tl.load(x_ptr + first // rows_per_x * stride_xm + column, mask=column < K, other=0.0)
     for place in tl.static_range(ROWS):
-        slot = row * ROWS + place
+        slot = first + place
         x = whole
         if weights_ptr is not None:
             x = (x.to(tl.float32) * tl.load(weights_ptr + slot).to(tl.float32)).to(dtype)
@@ -108,18 +109,21 @@ def enter(
     if out.numel() == 0:
         return out
     block = min(ENTRY_BLOCK, triton.next_power_of_2(k))
+    # Of few tokens every slot has a program; of many a program reads a row once for all of its slots.
+    at_once = per_x if len(x) >= ENTRY_TOKENS else 1
     with torch.cuda.device_of(x):
-        entry_kernel[(len(x) * triton.cdiv(k, block),)](
+        entry_kernel[(len(out) // at_once * triton.cdiv(k, block),)](
             x,
             x.stride(0),
             None if ids is None else ids.contiguous(),
             None if weights is None else weights.contiguous(),
             None if act_scale is None else act_scale.contiguous(),
             out,
+            per_x,
             len(out),
             k,
             experts,
-            ROWS=per_x,
+            ROWS=at_once,
             PER_EXPERT=act_scale is not None and act_scale.ndim == 1,
             PERMUTE=permute,
             NATIVE=form_of(x) == "sm90",
