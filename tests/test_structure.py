@@ -71,11 +71,12 @@ ALLOWED = {
         *("lm_harness", "random_checkpoint"),
     },
     "__main__": {"cli"},
+    "untested": {"lowering", "report", "torchao_dispatch"},
     "debug_files": {"report"},
     "graph_breaks": {"lowering", "report"},
     "backend": {
         *("debug_files", "kernel_choice", "lowering", "passes", "report", "tables"),
-        *("tensor", "tile_inputs", "torchao_dispatch", "torchao_interop"),
+        *("tensor", "tile_inputs", "torchao_dispatch", "torchao_interop", "untested"),
     },
     "explain": {
         *("backend", "graph_breaks", "lowering", "preparation", "report", "tensor", "torchao_interop"),
