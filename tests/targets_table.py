@@ -40,7 +40,9 @@ with Triton {triton}; registers and instructions are those of its compiler, and 
 {instructions}
 
 `mma.sync` takes its operands from registers, `wgmma` the right one from shared memory, `tcgen05` both or, for the left
-one, from tensor memory; `v_mfma` is AMD's, with the sizes of its tile and the dtype of its operands.
+one, from tensor memory; `v_mfma` is AMD's, with the sizes of its tile and the dtype of its operands. With fp32
+activations NVIDIA's forward products take none, so that inputs keep their mantissa: what is listed there is of
+gradients, which enter as three bf16 parts.
 
 ## Kernels on the canonical layout
 
