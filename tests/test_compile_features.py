@@ -227,6 +227,15 @@ def test_pickles(prepack, through, how):
     assert is_tiled(weight.qdata) == is_tiled(model.head.weight.qdata)
 
 
+@torch.no_grad()
+def test_a_compiled_method_is_refused_by_pickle_itself():
+    """PyTorch puts a wrapper in its place, which pickle finds not to be the function of that name."""
+    run = torch.compile(Routed().forward, backend="nvfp4_emu", options={"codegen": False})
+    run(tokens(3))
+    with pytest.raises(pickle.PicklingError, match="not the same object"):
+        pickle.dumps(run)
+
+
 def test_pickles_from_before_scales_travelled_as_bytes():
     weight = routed_model.packed(32, HIDDEN, seed=0)
     state = {n: v for n, v in vars(weight).items() if n not in ("act_scale", "view_dims")}
