@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -15,12 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from . import tuning
 from .debug_files import DebugFiles
 from .kernel_choice import with_choice
-from .lowering import compat
+from .lowering import compat, versions
+from .lowering.compat import CustomGraphPass
 from .passes.cone import BYTES, WORDS
 from .passes.emulate import emulate
 from .passes.settings import Settings
@@ -30,6 +31,7 @@ from .tensor import NVFP4Weight, layout_key
 from .tile_inputs import tile_inputs
 from .torchao_dispatch import emulated, swizzled_weights
 from .torchao_interop import is_torchao_nvfp4
+from .untested import compile_untested
 
 log = logging.getLogger("fx_nvfp4")
 
@@ -83,12 +85,22 @@ def nvfp4_emu(
     if unknown:
         log.debug("nvfp4_emu: arguments %s of this torch release are not used", sorted(unknown))
     ours, inductor = _split_options(options or {})
+    patches = {**compat.mode_patches(mode), **inductor}
+    if versions.is_tested():
+        return _compile(gm, example_inputs, patches, ours)
+    # Permuting weights makes Dynamo trace anew, by a name that has another purpose.
+    emulate = functools.partial(_compile, gm, example_inputs, patches, {**ours, "prepack": False})
+    return compile_untested(gm, example_inputs, emulate, patches, ours)
+
+
+def _compile(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], patches: dict[str, Any], ours: dict[str, Any]
+) -> Callable[..., Any]:
     packed = _holds_packed(example_inputs)
     if ours["tune"] or (mode or "").startswith("max-autotune"):
         tuning.enable()
     left = tile_inputs(gm, example_inputs, ours["prepack"] == "always") if packed and ours["prepack"] else []
     tables = find_tables(gm, example_inputs) if packed else {}
-    patches = {**compat.mode_patches(mode), **inductor}
     folder = compat.debug_folder(patches)
     graph_pass = EmulationPass(gm, ours, tables, DebugFiles(folder) if folder else None)
     patches = compat.with_joint_pass(patches, graph_pass)

@@ -106,6 +106,7 @@ def _open(path: str | Path, dtype: torch.dtype | None, activations: str) -> _Ope
     scheme = read_scheme(folder, config, reader.metadata)
     if activations == "none":
         scheme = scheme.without_activations()
+    skeleton.check_layers(config, len(reader.tensors), folder / "config.json")
     model = skeleton.build(config, dtype, folder / "config.json")
     return _Opened(folder, reader, scheme, model, make_plan(reader, scheme, model))
 

@@ -36,6 +36,16 @@ def _of_parts(func: Any, types: Any, args: Any, kwargs: Any) -> NVFP4Weight:
     return args[0]._apply_fn_to_data(lambda t: func(t, *args[1:], **kwargs))
 
 
+@implements([aten._assert_tensor_metadata.default])
+def _assert_metadata(func: Any, types: Any, args: Any, kwargs: Any) -> None:
+    """What torch.export puts before a conversion; a meta tensor like the weight answers all but the device."""
+    w, *rest = args
+    looks = torch.empty_strided(w.shape, w.stride(), dtype=w.dtype, device="meta")
+    if kwargs.get("device") not in (None, w.device):
+        raise RuntimeError(f"Tensor device mismatch! Expected: {kwargs['device']}, Got: {w.device}")
+    func(looks, *rest, **{**kwargs, "device": None})
+
+
 @implements([aten._to_copy.default])
 def _to_copy(func: Any, types: Any, args: Any, kwargs: Any) -> NVFP4Weight:
     w = args[0]

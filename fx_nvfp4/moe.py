@@ -29,6 +29,7 @@ from .block_grad import moe_backward as block_backward
 from .layouts import weight_sizes
 from .ops import X_DTYPES, check_activations, check_weight
 from .reference import Activations
+from .routing_checks import check_ids
 
 LAYOUTS = ("concatenated", "interleaved", "separate", "plain")
 _OPERANDS = (
@@ -45,6 +46,7 @@ def moe(x: Tensor, ids: Tensor, weights: Tensor, *operands: Any, **options: Any)
     """See the module docstring; ValueError names the operand that does not fit."""
     block = make_block(*operands, **options)
     check_block(x, ids, weights, block)
+    check_ids("moe", ids, block.experts)
     body = ops.bodies(x)
     return (plain if body is reference else body).moe(x, ids, weights, block)
 

@@ -24,6 +24,7 @@ from . import cpu, reference
 from .format import BLOCK
 from .layouts import canonical, check_packed, is_tiled, weight_sizes
 from .reference import Activations
+from .routing_checks import check_ids, check_offsets
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 ACTIVATION_MODES = ("none", "static", "dynamic")
@@ -157,6 +158,7 @@ def indexed(
     """Row s of x [S, K] times the weight of expert ids[s] transposed -> [S, N]; ids outside 0..E-1 give zeros."""
     check_operands("indexed", x, qdata, block_scale, global_scale, act_scale, activations, 1)
     _check_routing("indexed", "ids", ids, x, x.shape[0])
+    check_ids("indexed", ids, weight_sizes(qdata)[0][0])
     return bodies(x).indexed(x, qdata, block_scale, global_scale, ids, Activations(activations, act_scale, dialect))
 
 
@@ -174,6 +176,7 @@ def grouped(
     """Rows of x [S, K] sorted by expert, expert e's ending at offs[e] -> [S, N]; rows past offs[-1] give zeros."""
     check_operands("grouped", x, qdata, block_scale, global_scale, act_scale, activations, 1)
     _check_routing("grouped", "offs", offs, x, qdata.shape[0])
+    check_offsets("grouped", offs, x.shape[0])
     return bodies(x).grouped(x, qdata, block_scale, global_scale, offs, Activations(activations, act_scale, dialect))
 
 

@@ -89,11 +89,7 @@ def unpack_tiles(words: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     n, k = tiles * TILE_ROWS, chunks * TILE_K
     qdata = torch.empty((*lead, n, k // 2), dtype=torch.uint8, device=words.device)
     raw = torch.empty((*lead, n, k // BLOCK), dtype=torch.uint8, device=words.device)
-    by_rows = [words.reshape(-1, *words.shape[-3:]), scales.reshape(-1, *scales.shape[-3:])]
-    by_rows += [t.view(-1, TILE_ROWS, t.shape[-1]) for t in (qdata, raw)]
-    for some_words, some_scales, codes, scale in _groups(by_rows, k):
-        codes.copy_(pack(_from_tiles(_unshuffle(some_words))).view(codes.shape))
-        scale.copy_(_lookup(_CANONICAL, _scales_by_row(some_scales)).view(scale.shape))
+    write_canonical(words, scales, qdata, raw)
     return qdata, raw.view(torch.float8_e4m3fn)
 
 
@@ -129,22 +125,45 @@ def write_tiles(qdata: Tensor, block_scale: Tensor, words: Tensor, scales: Tenso
     """Fill contiguous words and scales from a weight that :func:`check_suited` has seen.
 
     They may be the memory of contiguous codes and block scales: the 16 rows of a tile are as many bytes in the same
-    place either way, and rows are read before they are written, some at a time.
+    place either way, and rows are read before they are written, some at a time. Where that fails between two groups of
+    rows, as where memory runs out, those that were written are put back.
     """
     raw = block_scale.view(torch.uint8)
     by_rows = [t.reshape(-1, TILE_ROWS, t.shape[-1]) for t in (qdata, raw)]
     by_rows += [t.view(-1, *t.shape[-3:]) for t in (words, scales)]
-    for codes, scale, some_words, some_scales in _groups(by_rows, 2 * qdata.shape[-1]):
-        # Both before either is written: where memory is short, it is so here, and at the first rows.
-        tiled = _shuffle(_to_tiles(unpack(codes.flatten(0, 1))))
-        recoded = _scales_by_lane(_lookup(_RECODED, scale.flatten(0, 1)))
-        some_words.copy_(tiled)
-        some_scales.copy_(recoded)
+    done = 0
+    try:
+        for codes, scale, some_words, some_scales in _groups(by_rows, 2 * qdata.shape[-1]):
+            # Both before either is written, so that what takes memory fails before a row has changed.
+            tiled = _shuffle(_to_tiles(unpack(codes.flatten(0, 1))))
+            recoded = _scales_by_lane(_lookup(_RECODED, scale.flatten(0, 1)))
+            some_words.copy_(tiled)
+            some_scales.copy_(recoded)
+            done += len(codes)
+    except BaseException:
+        if done and words.data_ptr() == qdata.data_ptr():
+            codes, scale, some_words, some_scales = (t[:done] for t in by_rows)
+            write_canonical(some_words, some_scales, codes, scale, at_once=1)
+        raise
 
 
-def _groups(tensors: list[Tensor], k: int) -> Iterator[tuple[Tensor, ...]]:
+def write_canonical(words: Tensor, scales: Tensor, qdata: Tensor, raw: Tensor, at_once: int | None = None) -> None:
+    """The inverse of :func:`write_tiles`: fill contiguous codes and the bytes of block scales, or the same memory.
+
+    at_once bounds the codes that are permuted at a time, and so the memory that it takes.
+    """
+    by_rows = [words.reshape(-1, *words.shape[-3:]), scales.reshape(-1, *scales.shape[-3:])]
+    by_rows += [t.view(-1, TILE_ROWS, t.shape[-1]) for t in (qdata, raw)]
+    for some_words, some_scales, codes, scale in _groups(by_rows, 2 * qdata.shape[-1], at_once):
+        packed = pack(_from_tiles(_unshuffle(some_words)))
+        original = _lookup(_CANONICAL, _scales_by_row(some_scales))
+        codes.copy_(packed.view(codes.shape))
+        scale.copy_(original.view(scale.shape))
+
+
+def _groups(tensors: list[Tensor], k: int, at_once: int | None = None) -> Iterator[tuple[Tensor, ...]]:
     """Tensors [rows of tiles, ..] some rows at a time, as permuting takes a multiple of their memory."""
-    step = max(1, _AT_ONCE // (TILE_ROWS * k))
+    step = max(1, (at_once or _AT_ONCE) // (TILE_ROWS * k))
     for first in range(0, len(tensors[0]), step):
         yield tuple(t[first : first + step] for t in tensors)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .layouts import is_tiled
 from .tensor import NVFP4Weight
-from .tiling import SharedMemoryError, check_tileable
+from .tiling import SharedMemoryError, check_tileable, is_out_of_memory, untile_
 
 log = logging.getLogger("fx_nvfp4")
 
@@ -52,7 +52,8 @@ def prepack(model: nn.Module) -> Prepacking:
 def tile_all(weights: Iterable[tuple[str, Tensor]]) -> Prepacking:
     """Put those that are packed into tiles, one after the other.
 
-    The experts of one module stay together in one layout, as one op multiplies them.
+    The experts of one module stay together in one layout, as one op multiplies them: where that fails, they are as
+    before. Where memory runs out they are left, and the next ones tried.
     """
     groups: dict[tuple[str, str], Group] = {}
     for name, weight in weights:
@@ -68,19 +69,39 @@ def tile_all(weights: Iterable[tuple[str, Tensor]]) -> Prepacking:
     return done
 
 
-def _tile_group(group: Group, done: Prepacking) -> ValueError | None:
+def _tile_group(group: Group, done: Prepacking) -> Exception | None:
     """Put all weights of a group into tiles, or none; returns why none."""
-    for name, weight in group.items():
-        try:
+    try:
+        for name, weight in group.items():
             check_tileable(weight, name)
-        except ValueError as error:
-            done.left.update(dict.fromkeys(group, str(error)))
-            return error.with_traceback(None)
-    for name, weight in group.items():
-        weight.tile_(name)
-        done.converted.append(name)
+        _tile_together(group)
+    except Exception as error:
+        if not isinstance(error, ValueError) and not is_out_of_memory(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        if not isinstance(error, ValueError):
+            reason = f"no memory to permute it ({reason}); call fx_nvfp4.prepack(model) once there is"
+        done.left.update(dict.fromkeys(group, reason))
+        return error.with_traceback(None)
+    done.converted += group
+    for name in group:
         done.left.pop(name, None)
     return None
+
+
+def _tile_together(group: Group) -> None:
+    """Put all weights of a group into tiles; where one fails, the others are put back."""
+    changed = []
+    try:
+        for name, weight in group.items():
+            if not is_tiled(weight.qdata):  # as one is that shares its parts with another
+                shapes = weight.qdata.shape, weight.block_scale.shape
+                weight.tile_(name)
+                changed.append((weight, *shapes))
+    except BaseException:
+        for weight, codes, scales in changed:
+            untile_(weight, codes, scales)
+        raise
 
 
 def _packed_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -150,6 +150,7 @@ def rows_by_offsets(offs: Tensor, rows: int) -> Iterator[tuple[int, Tensor]]:
 
 def experts_by_offsets(offs: Tensor, rows: int) -> Tensor:
     """The expert of each of `rows` rows, int64, whose groups end at offs [E]; E for rows past the last."""
+    offs = offs.contiguous()  # of others searchsorted makes copies, and warns
     return torch.searchsorted(offs, torch.arange(rows, dtype=offs.dtype, device=offs.device), right=True)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from .tensor import LAYOUT, NVFP4Weight
 
 _TYPE = "NVFP4Weight"
+_ATTRIBUTES = {"orig_dtype": str, "activations": str, "dialect": str, "transposed": bool}
 _DTYPES = {str(d): d for d in (torch.float32, torch.bfloat16, torch.float16)}
 
 
@@ -85,6 +86,10 @@ def _attributes(name: str, text: str) -> dict[str, object] | None:
         return None
     if not isinstance(attributes, dict) or attributes.pop("type", None) != _TYPE:
         return None
-    if attributes.get("orig_dtype") not in _DTYPES:
+    if not isinstance(attributes.get("orig_dtype"), str) or attributes["orig_dtype"] not in _DTYPES:
         raise ValueError(f"load_file: {name}: orig_dtype {attributes.get('orig_dtype')!r} is none of {list(_DTYPES)}")
+    attributes = {key: value for key, value in attributes.items() if value is not None}
+    for key, value in attributes.items():
+        if key not in _ATTRIBUTES or not isinstance(value, _ATTRIBUTES[key]):
+            raise ValueError(f"load_file: {name}: {key} = {value!r} is no attribute that a stored weight has")
     return {**attributes, "orig_dtype": _DTYPES[attributes["orig_dtype"]]}

@@ -15,6 +15,7 @@ from . import format as nvfp4
 from .dialects import get_dialect
 from .layouts import check_packed, is_tiled, weight_sizes
 from .ops import ACTIVATION_MODES, UNCALIBRATED
+from .pickled import state_to_pickle, take_pickled
 
 Dims = tuple[tuple[int, ...], ...]
 
@@ -352,5 +353,7 @@ def _check(
         raise ValueError("NVFP4Weight: expert_ids must be integers and select among the experts of [E, N, K]")
 
 
+# Here and not in the class, whose base puts a __setstate__ of its own into every subclass.
+NVFP4Weight.__getstate__, NVFP4Weight.__setstate__ = state_to_pickle, take_pickled  # type: ignore[assignment, method-assign]
 # torch.load(weights_only=True) may rebuild the class.
 torch.serialization.add_safe_globals([NVFP4Weight])

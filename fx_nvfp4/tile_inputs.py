@@ -6,7 +6,7 @@ fail, as the parts have other dtypes, and so have new graphs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,27 +18,56 @@ from .prepack_model import tile_all
 from .report import module_path
 from .tensor import NVFP4Weight
 
+Inputs = dict[fx.Node, tuple[str, Any]]  # placeholder -> its name in the model, and its value
+_MOE = (torch.ops.fx_nvfp4.moe, torch.ops.fx_nvfp4.moe.default)  # Dynamo keeps the call as the model writes it
+
 
 def tile_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any], everywhere: bool) -> list[str]:
     """Permute the packed parameters and buffers of a Dynamo graph for which kernels read tiles, or all of them.
 
-    Those are weights on a GPU that show 16 bits, in graphs without gradients: others would be unpacked at each call.
-    Does not return where there were any: see :func:`compat.trace_again`.
+    Also those of which the graph sees the parts alone, as :class:`fx_nvfp4.fused.FusedExperts` gives them to its op.
+    Tiles are for weights on a GPU that show 16 bits, in graphs without gradients; others would be unpacked at each
+    call. Does not return where there were any: see :func:`compat.trace_again`.
 
     Returns:
         Why those that are in the canonical layout stay so.
     """
     if not compat.can_trace_again() or (_differentiates(example_inputs) and not everywhere):
         return []
-    owned = [
-        (module_path(name), value)
-        for value, (name, is_argument) in zip(example_inputs, compat.input_sources(gm), strict=False)
-        if not is_argument and _is_whole(value) and (everywhere or _gains(value))
-    ]
-    done = tile_all(owned)
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    owned: Inputs = {
+        node: (module_path(name), value)
+        for node, value, (name, is_argument) in zip(
+            placeholders, example_inputs, compat.input_sources(gm), strict=False
+        )
+        if not is_argument
+    }
+    weights = [*owned.values(), *_given_to_blocks(gm.graph, owned)]
+    done = tile_all((name, w) for name, w in weights if _is_whole(w) and (everywhere or _gains(w)))
     if done.converted:
         compat.trace_again("packed weights were permuted into tiles")
     return [f"not in tiles: {reason}" for reason in dict.fromkeys(done.left.values())]
+
+
+def _given_to_blocks(graph: fx.Graph, owned: Inputs) -> Iterator[tuple[str, NVFP4Weight]]:
+    """The weights whose parts the model hands to the moe op; they are the tensors that its packed weights hold."""
+    for node in graph.nodes:
+        if node.target not in _MOE:
+            continue
+        call = _by_name(node)
+        up = zip(call["up_qdata"], call["up_block_scale"], call["up_global_scale"], strict=True)
+        for parts in (*up, (call["down_qdata"], call["down_block_scale"], call["down_global_scale"])):
+            if not all(part in owned for part in parts):
+                continue
+            codes, scale, row_scale = (owned[part][1] for part in parts)
+            if compat.is_real(codes) and scale.dtype == torch.float8_e4m3fn:
+                dtype = call["x"].meta["example_value"].dtype
+                yield owned[parts[0]][0].removesuffix(".qdata"), NVFP4Weight(codes, scale, row_scale, dtype)
+
+
+def _by_name(call: fx.Node) -> dict[str, Any]:
+    names = [argument.name for argument in torch.ops.fx_nvfp4.moe.default._schema.arguments]
+    return {**dict(zip(names, call.args, strict=False)), **call.kwargs}
 
 
 def _differentiates(example_inputs: Sequence[Any]) -> bool:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .layouts import is_tiled
 from .lowering import compat
-from .prepack import check_suited, prepack, tiled_shapes, write_tiles
+from .prepack import check_suited, prepack, tiled_shapes, write_canonical, write_tiles
 from .tensor import NVFP4Weight
 
 _ALIGNMENT = 16  # bytes that a lane loads at once
@@ -39,11 +39,24 @@ def tile_(w: NVFP4Weight, name: str) -> NVFP4Weight:
     return w
 
 
+def untile_(w: NVFP4Weight, codes: torch.Size, scales: torch.Size) -> None:
+    """Undo :func:`tile_` of a weight whose codes and block scales had these shapes, in little more memory."""
+    with torch.no_grad(), torch.inference_mode(w.qdata.is_inference()):
+        qdata, raw = (_on_storage(t, torch.uint8, shape) for t, shape in ((w.qdata, codes), (w.block_scale, scales)))
+        write_canonical(w.qdata, w.block_scale, qdata, raw, at_once=1)
+        w.qdata.data, w.block_scale.data = qdata, raw.view(torch.float8_e4m3fn)
+
+
 def check_tileable(w: NVFP4Weight, name: str) -> None:
     """Raise what :func:`tile_` raises, SharedMemoryError last."""
     check_suited(w.qdata, w.block_scale, name)
     for part, tensor in (("codes", w.qdata), ("block scales", w.block_scale)):
         _check_own(f"the {part} of {name}", tensor)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed, on a device or, where torch raises a plain RuntimeError, on a CPU."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
 def _check_own(what: str, part: Tensor) -> None:
@@ -70,5 +83,5 @@ def _reinterpreted(w: NVFP4Weight) -> tuple[Tensor, Tensor]:
 
 
 def _on_storage(part: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    offset = part.storage_offset() // dtype.itemsize
+    offset = part.storage_offset() * part.itemsize // dtype.itemsize
     return torch.empty(0, dtype=dtype, device=part.device).set_(part.untyped_storage(), offset, shape)  # type: ignore[call-overload]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import fx
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fx_nvfp4.report import Refusal
 
@@ -50,7 +51,8 @@ def find_spelled(graph: fx.Graph, recognise: Callable[[Node], object], known: se
     for node in reversed(below):
         if node in known or not node.meta["val"].is_floating_point():
             continue
-        uses = exposed.get(node, set()) | {_name(user) for user in _readers(node) if not is_supported(user)}
+        readers = [user for user in _readers(node) if not is_supported(user) and not _is_empty(user)]
+        uses = exposed.get(node, set()) | {_name(user) for user in readers}
         if not uses:
             continue
         if isinstance(recognise(node), PackedWeight):
@@ -85,6 +87,11 @@ def _readers(node: Node) -> Iterator[Node]:
     for user in node.users:
         results = [u for u in user.users if is_supported(u)] if isinstance(user.meta.get("val"), (tuple, list)) else []
         yield from results or [user]
+
+
+def _is_empty(user: Node) -> bool:
+    """Whether a user has no element at any call, as what is gathered for no token: it makes nothing dense."""
+    return is_tensor(user) and bool(statically_known_true(user.meta["val"].numel() == 0))
 
 
 def _name(user: Node) -> str:

@@ -130,14 +130,22 @@ def has_register_operand(ptx: str) -> bool:
     return re.search(r"wgmma\.mma_async[^;{]*\{[^}]*\}\s*,\s*\{", ptx) is not None
 
 
+def matrix_instructions(assembly: str) -> list[str]:
+    """The instructions that multiply matrices, with the shape and dtype of their operands where the name has them."""
+    found = re.findall(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma_\w+?_\d+x\d+x\d+\w*", assembly)
+    return sorted(set(found))
+
+
 def describe(compiled: Any, target: GPUTarget) -> dict[str, Any]:
     assembly = compiled.asm
     if target.backend == "hip":
-        return {"binary": len(assembly["hsaco"]), **amd_resources(assembly["amdgcn"])}
+        matrix = matrix_instructions(assembly["amdgcn"])
+        return {"binary": len(assembly["hsaco"]), **amd_resources(assembly["amdgcn"]), "matrix": matrix}
     ptx = assembly["ptx"]
     return {
         "binary": len(assembly["cubin"]),
         **nvidia_resources(assembly["cubin"]),
+        "matrix": matrix_instructions(ptx),
         "wgmma": "wgmma.mma_async" in ptx,
         "register_wgmma": has_register_operand(ptx),
         "tf32": ".tf32" in ptx,

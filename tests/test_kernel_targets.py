@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import targets_table
 
 KB = 1024
 # Shared memory that one block may use. AMD: the LDS of a workgroup.
@@ -73,3 +75,25 @@ def test_kernels_on_tiled_weights_compile_for_all_targets() -> None:
         # The layout exists so that decoded weights go from registers into Hopper's matrix units.
         assert r["target"] != "90" or not r["wgmma"] or r["register_wgmma"], r
     assert any(r["wgmma"] for r in results)
+
+
+def test_the_page_of_targets_has_every_kernel_and_target() -> None:
+    """docs/targets.md is made by `python tests/targets_table.py`, which is to be run again where this fails."""
+    text = targets_table.PAGE.read_text()
+    assert all(name in text for name in targets_table.NAMES.values())
+    for kernel in KERNELS:
+        assert re.search(rf"^\| {kernel} \|", text, re.MULTILINE), kernel
+
+
+def test_tables_of_targets() -> None:
+    case = {"kernel": "up", "dtype": "bf16", "rows": 16, "shared": 1536, "registers": 40, "spilled": 0}
+    results = [
+        {**case, "target": "80", "matrix": ["mma.sync"]},
+        {**case, "target": "gfx942", "matrix": [], "spilled": 2},
+    ]
+    text = targets_table.page(results, results[:1], "9.9")
+    assert "| sm_80 (A100) | `mma.sync` |\n| gfx942 (MI300) | none |" in text
+    assert "| kernel | dtype | rows | 80 | gfx942 |" in text
+    assert "| up | bf16 | 16 | 40, 1.5 K | 40, 1.5 K |" in text
+    assert "1 of these 2 spill registers" in text
+    assert "None of these 1 spills" in text

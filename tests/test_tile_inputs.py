@@ -7,6 +7,7 @@ that change to and fro, warm caches.
 
 import pytest
 import torch
+from routed_model import Routed, tokens
 from test_tensor import E, K, N, hold, make_weight
 from torch import nn
 
@@ -97,6 +98,30 @@ def test_what_kernels_of_tiles_do_not_serve_stays_canonical(dtype, training):
     want = model(x, ids)
     assert torch.equal(compiled(model, True)(x, ids), want)
     assert tiled(model) == [dtype == torch.float16 and not training] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.usefixtures("gpu")
+@torch.no_grad()
+def test_weights_of_fused_experts_are_tiled_too(dtype):
+    """Their graph holds the parts of the weights, not the weights, which once stayed canonical for that."""
+    model, x = Routed().to(dtype), tokens(5).to(dtype)
+    want = model(x)
+    for _ in range(2):
+        torch.testing.assert_close(compiled(model, True)(x), want)
+    names = ("gate_proj", "up_proj", "down_proj")
+    assert [is_tiled(getattr(model.experts, n).qdata) for n in names] == [dtype == torch.bfloat16] * 3
+
+
+def test_memory_of_fused_experts_that_others_see_is_left_and_reported():
+    model = Routed()
+    state = model.experts.state_dict()
+    want = model(tokens(5))
+    with collect_reports() as report:
+        torch.testing.assert_close(compiled(model)(tokens(5)), want)
+    assert "the codes of experts.gate_proj share" in report.notes[0]
+    assert not is_tiled(state["up_proj"].qdata)
+    assert is_tiled(model.head.weight.qdata)
 
 
 def test_another_value_of_the_option_is_refused():

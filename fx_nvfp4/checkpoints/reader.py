@@ -178,7 +178,7 @@ def read_json(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise mismatch(file, f"no readable file ({error.strerror})", "a JSON file", _COMPLETE) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise mismatch(file, f"no JSON ({error})", "a JSON object", _COMPLETE) from error
     if not isinstance(content, dict):
         raise mismatch(file, f"a JSON {type(content).__name__}", "a JSON object", _COMPLETE)

@@ -9,10 +9,11 @@ Used of transformers (5.14 to 5.23): ``PreTrainedModel._from_config``, ``_get_dt
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ TRACEABLE_EXPERTS = ("grouped_mm", "batched_mm")
 # Experts that multiply x @ weight but carry no is_transposed attribute.
 _TRANSPOSED_EXPERTS = ("Llama4TextExperts", "GptOssExperts")
 _INTERLEAVED_EXPERTS = ("GptOssExperts",)
+_LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers")  # as configs call the number of them
 
 
 @dataclass(frozen=True)
@@ -63,18 +65,40 @@ def build(config: Mapping[str, Any], dtype: torch.dtype | None, where: Path) -> 
             f"one that transformers {transformers.__version__} knows",
             "install a newer transformers",
         )
-    try:
+    with _refusals(where, model_type):
         model_config = transformers.CONFIG_MAPPING[model_type].from_dict(plain)
-    except Exception as error:  # validation differs between transformers' versions, in types and in what it checks
-        raise mismatch(
-            where, f"what transformers refuses ({error})", f"a config of {model_type}", "correct it"
-        ) from error
     model_class = _model_class(transformers, plain, model_config, where)
     _set_dtype(model_config, dtype or _floating(model_config.dtype) or torch.bfloat16)
-    with torch.device("meta"):
+    with _refusals(where, model_type), torch.device("meta"):
         model = model_class._from_config(model_config, dtype=model_config.dtype)
     use_traceable_experts(model)
     return model.eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def _refusals(where: Path, model_type: str) -> Iterator[None]:
+    """Whatever transformers raises: it differs between versions, in types and in what is checked."""
+    try:
+        yield
+    except Exception as error:
+        found = f"what transformers refuses ({type(error).__name__}: {error})"
+        raise mismatch(where, found, f"a config of {model_type}", "correct it") from error
+
+
+def check_layers(config: Any, tensors: int, where: Path) -> None:
+    """Refuse a config, or one nested in it, of more layers than there are tensors: they are built one by one.
+
+    Raises:
+        CheckpointError: it announces more.
+    """
+    if not isinstance(config, Mapping):
+        return
+    for key, value in config.items():
+        if key in _LAYERS and isinstance(value, int) and value > tensors:
+            raise mismatch(
+                f"{where}: {key}", value, f"{tensors} at most, as so many tensors are stored", "correct config.json"
+            )
+        check_layers(value, tensors, where)
 
 
 def _model_class(transformers: Any, config: Mapping[str, Any], model_config: Any, where: Path) -> Any:

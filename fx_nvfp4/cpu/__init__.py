@@ -87,10 +87,11 @@ def _combined(slots: Tensor, ids: Tensor, weights: Tensor, block: Block) -> Tens
     """Slots [T * A, H] of experts ids [T * A] summed with weights [T, A], or with ones, to [T, H]."""
     tokens, top = weights.shape
     factor = weights.float().contiguous() if block.weighted == "output" else None
+    ids = ids.contiguous()  # by a name that outlives the call, which gets an address alone
     out = slots.new_empty(tokens, slots.shape[1])
     _library().combine(
         Sum(
-            *(_address(t) for t in (slots, ids.contiguous(), factor, out)),
+            *(_address(t) for t in (slots, ids, factor, out)),
             *(tokens, top, block.experts, slots.shape[1], _DTYPES[slots.dtype], torch.get_num_threads()),
         )
     )

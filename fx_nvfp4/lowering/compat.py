@@ -16,7 +16,14 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, fx
 from torch._inductor import config
-from torch._inductor.custom_graph_pass import CustomGraphPass
+
+try:
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+except ImportError:  # of a torch that is not tested: see versions.py
+
+    class CustomGraphPass:  # type: ignore[no-redef]
+        """So that this package can be imported."""
+
 
 # Decompositions that would turn one-row products into multiply and sum before any pass sees them: under
 # coordinate_descent_tuning, which the max-autotune modes set, and on a CPU.
