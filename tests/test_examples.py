@@ -48,6 +48,14 @@ def test_quantize_model_compiles_to_eager_and_loads_what_it_saved(tmp_path):
 
 
 @pytest.mark.slow
+def test_lora_learns_and_has_the_gradients_of_the_dequantised_model(tmp_path):
+    output = run("lora.py", tmp_path)
+    before, after = re.search(r"loss (\S+) before, (\S+) after", output).groups()
+    assert float(after) < 0.3 * float(before)
+    assert float(re.search(r"dequantised model (\S+) of", output)[1]) < 1e-4
+
+
+@pytest.mark.slow
 def test_compare_formats_orders_them_and_tells_rules_apart(tmp_path):
     lines = run("compare_formats.py", tmp_path).splitlines()[1:]
     rows = {
