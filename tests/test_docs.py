@@ -34,7 +34,11 @@ def blocks(page, kind):
 
 _SESSIONS = [p for p in PAGES if ">>> " in p.read_text()]
 _SCRIPTS = [p for p in PAGES if any(">>> " not in body for body in blocks(p, "python"))]
-_SHELL = [pytest.param(body, id=f"{p.stem}: {body.splitlines()[0]}") for p in PAGES for body in blocks(p, "bash")]
+_SHELL = [
+    pytest.param(body, id=f"{p.stem}: {body.splitlines()[0]}", marks=[pytest.mark.slow] * ("examples/" in body))
+    for p in PAGES
+    for body in blocks(p, "bash")
+]
 _COMMANDS = [
     pytest.param(*_COMMAND.fullmatch(body).groups(), id=f"{p.stem}: {body.splitlines()[0]}")
     for p in PAGES

@@ -42,6 +42,7 @@ ALLOWED = {
     "fused": {"activation", "tensor"},
     "parameters": set(),
     "preparation": {"preparation", "fused", "layouts", "parameters", "passes", "report", "tensor", "torchao_interop"},
+    "parallel": {"checkpoints", "format", "fused", "parallel", "tensor"},
     "prepare": {"checkpoints", "preparation", "report", "tensor"},
     "quantization": {"quantization", "checkpoints", "dialects", "format", "ops", "reference", "tensor"},
     "quantize": {"quantization", "report", "tensor"},
@@ -79,7 +80,7 @@ ALLOWED = {
         *("backend", "graph_breaks", "lowering", "preparation", "report", "tensor", "torchao_interop"),
     },
     "checkpoints": {"checkpoints", "format", "dialects", "tensor", "dispatch", "torchao_interop"},
-    "checkpoint": {"checkpoints", "dialects", "prepack_model", "tensor"},
+    "checkpoint": {"checkpoints", "dialects", "parallel", "prepack_model", "tensor"},
 }
 
 
