@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
+from . import tuning
 from .debug_files import DebugFiles
 from .kernel_choice import with_choice
 from .lowering import compat
@@ -43,6 +44,7 @@ OPTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "out_dtype": (None, (None, torch.float32, torch.bfloat16, torch.float16)),
     "shared_scales": (None, (None, "vllm")),
     "check_finite": (False, _SWITCHES),
+    "tune": (False, _SWITCHES),
     "prepack": (True, (*_SWITCHES, "always")),  # "always": on a CPU too, where nothing gains from it
 }
 _PACKED_DTYPES = (*BYTES, *WORDS)
@@ -67,7 +69,9 @@ def nvfp4_emu(
             ``"codegen"`` (default True), False runs the rewritten graph op by op instead of generating code, which
             tells an error of the rewriting from one of a kernel; ``"prepack"`` (default True), permute packed weights
             that the model owns, where kernels read tiles (on a GPU, in 16 bits, without gradients), as they lie, see
-            :meth:`NVFP4Weight.tile_`. On the arithmetic:
+            :meth:`NVFP4Weight.tile_`; ``"tune"`` (default False, True with the max-autotune modes), time configurations
+            of the tiled kernels at the first call of a block in a range of token counts, see
+            :mod:`fx_nvfp4.tuning`. On the arithmetic:
             ``"activations"`` (default "checkpoint"), ``"as_written"``, ``"out_dtype"``, ``"shared_scales"`` and
             ``"check_finite"``, see :class:`fx_nvfp4.passes.settings.Settings`. Every other name goes to Inductor's
             config.
@@ -80,6 +84,8 @@ def nvfp4_emu(
         log.debug("nvfp4_emu: arguments %s of this torch release are not used", sorted(unknown))
     ours, inductor = _split_options(options or {})
     packed = _holds_packed(example_inputs)
+    if ours["tune"] or (mode or "").startswith("max-autotune"):
+        tuning.enable()
     left = tile_inputs(gm, example_inputs, ours["prepack"] == "always") if packed and ours["prepack"] else []
     tables = find_tables(gm, example_inputs) if packed else {}
     patches = {**compat.mode_patches(mode), **inductor}

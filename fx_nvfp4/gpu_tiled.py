@@ -11,12 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import tuning
 from .activation import parse
 from .block import Block, Projection
 from .kernels import moe as moe_kernels
 from .kernels.entry import enter
 from .kernels.grouped import row_groups
-from .kernels.tile_config import TileConfigs, by_load, choose, target_of
+from .kernels.tile_config import TileConfigs, by_load, target_of
 from .kernels.tile_table import batches_in_tiles, sort_into_tiles
 from .kernels.tiled_down import down
 from .kernels.tiled_operands import Routing, Rows, TiledOperand
@@ -45,7 +46,9 @@ def moe(x: Tensor, ids: Tensor, weights: Tensor, block: Block, configs: TileConf
     if ids.numel() == 0:
         return x.new_zeros(x.shape[0], block.down.global_scale.shape[1])
     if configs is None:
-        configs = choose(ids.shape[0], ids.shape[1], block.experts, target_of(x))
+        configs = tuning.configs_for(
+            problem_of(x, ids, block), len(x), target_of(x), x.device, lambda c: moe(x, ids, weights, block, c)
+        )
     slots = Slots(ids.contiguous(), weights, block.experts)
     routing = _route(slots, configs)
     permute = not configs.direct
@@ -72,6 +75,13 @@ def moe(x: Tensor, ids: Tensor, weights: Tensor, block: Block, configs: TileConf
     inner = Rows(h, permute, h_scale) if fused else _enter(h, down_act, slots.by_itself, None, True, permute)
     y = down(inner, _operand(block.down), routing, configs.down)
     return moe_kernels.combine(y, ids, weights if block.weighted == "output" else None, block.experts)
+
+
+def problem_of(x: Tensor, ids: Tensor, block: Block) -> tuning.Problem:
+    """What the block's configurations are tuned for."""
+    modes = (f"{act.mode}{' by expert' if act.needs_experts else ''}" for act in (block.up[0].act, block.down.act))
+    sizes = block.experts, ids.shape[1], block.up[0].k, block.down.k
+    return tuning.Problem(*sizes, block.layout, str(x.dtype).removeprefix("torch."), ", ".join(modes))
 
 
 def linear(x: Tensor, words: Tensor, scales: Tensor, global_scale: Tensor, act: Activations) -> Tensor:

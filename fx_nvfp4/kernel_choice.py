@@ -7,8 +7,9 @@ from collections.abc import Mapping
 
 import torch
 
-from . import cpu
+from . import cpu, tuning
 from .kernels.config import INDEXED, gemm_config, gradient_config
+from .kernels.tile_config import by_load, target_of_device
 from .report import Match
 
 _TILED = ("linear", "batched", "grouped", "moe")
@@ -28,6 +29,8 @@ def _choice(match: Match) -> str:
     if match.device != "cuda":
         return f"plain PyTorch on {match.device}" if match.device else ""
     dtype = getattr(torch, match.dtype)
+    if match.source.endswith(", tiles") and match.op in _PRODUCTS and dtype in (torch.bfloat16, torch.float16):
+        return _tiles(match)
     if match.op in _TILED:
         text = _written(gemm_config(match.rows, dtype).meta())
     elif match.op == "indexed":
@@ -37,6 +40,13 @@ def _choice(match: Match) -> str:
     else:
         return ""
     return f"Triton {match.op}: {text} (heuristic, not tuned)"
+
+
+def _tiles(match: Match) -> str:
+    """Of a weight in tiles. The configuration goes by the count of tokens at each call."""
+    config = by_load(match.rows, target_of_device(torch.cuda.current_device()))
+    tuned = "the fastest of those timed at the first call" if tuning.enabled() else "default, or tuned before"
+    return f"Triton tiles: {config.text} ({tuned})"
 
 
 def _written(parameters: Mapping[str, int]) -> str:

@@ -48,7 +48,11 @@ def others(target: GPUTarget) -> Iterator[tuple[str, Any, dict[str, Any]]]:
     yield "count blocks", count_blocks_kernel, {**table, "BLOCK": TABLE_COUNTED}
     yield "table of counts", table_of_counts_kernel, {**table, "TOKENS": 128, "STEP": 4096 // GROUPS}
     yield "table of batches", table_of_batches_kernel, {"TOKENS": 64, "PDL": pdl}
-    yield "entry", entry_kernel, {"PER_EXPERT": True, "PERMUTE": True, "BLOCK": ENTRY_BLOCK, "PDL": pdl}
+    yield (
+        "entry",
+        entry_kernel,
+        {"ROWS": 8, "PER_EXPERT": True, "PERMUTE": True, "NATIVE": pdl, "BLOCK": ENTRY_BLOCK, "PDL": pdl},
+    )
 
 
 def compile_tiled(targets: list[str], full: bool) -> list[dict[str, Any]]:

@@ -21,7 +21,9 @@ ALLOWED = {
     "reference": {"format", "layouts"},
     "kernels": {"kernels"},
     "cpu": {"block", "format", "lowering", "reference", "report"},
-    "gpu_tiled": {"activation", "block", "kernels", "layouts", "prepack", "reference"},
+    "gpu_tiled": {"activation", "block", "kernels", "layouts", "prepack", "reference", "tuning"},
+    "tuning": {"kernels", "lowering"},
+    "kernel_dump": {"kernels", "layouts", "passes"},
     "gpu": {"activation", "block", "format", "gpu_tiled", "kernels", "layouts", "reference"},
     "ops": {"cpu", "format", "gpu", "layouts", "reference"},
     "block": {"activation", "layouts", "reference"},
@@ -53,7 +55,7 @@ ALLOWED = {
     "passes": {"passes", "activation", "dialects", "format", "layouts", "ops", "report"},
     "lowering": {"lowering", "passes"},
     "tables": {"lowering", "report"},
-    "kernel_choice": {"cpu", "kernels", "report"},
+    "kernel_choice": {"cpu", "kernels", "report", "tuning"},
     "inspect_table": {"checkpoints", "report_table"},
     "faithfulness": {
         *("activation", "block", "checkpoint", "checkpoints", "faithfulness", "format"),
@@ -70,10 +72,10 @@ ALLOWED = {
         *("lm_harness", "random_checkpoint"),
     },
     "__main__": {"cli"},
-    "debug_files": {"report"},
+    "debug_files": {"kernel_dump", "report", "tuning"},
     "graph_breaks": {"lowering", "report"},
     "backend": {
-        *("debug_files", "kernel_choice", "lowering", "passes", "report", "tables"),
+        *("debug_files", "kernel_choice", "lowering", "passes", "report", "tables", "tuning"),
         *("tensor", "tile_inputs", "torchao_dispatch", "torchao_interop"),
     },
     "explain": {

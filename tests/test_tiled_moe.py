@@ -14,9 +14,10 @@ from fx_nvfp4 import block as plain
 from fx_nvfp4 import gpu_tiled, reference
 from fx_nvfp4.activation import parse
 from fx_nvfp4.block import Block, Projection
+from fx_nvfp4.kernels.entry import enter
 from fx_nvfp4.kernels.tile_config import TileConfig, TileConfigs
 from fx_nvfp4.kernels.tile_table import sort_into_tiles
-from fx_nvfp4.prepack import prepack
+from fx_nvfp4.prepack import permute_k, prepack
 from fx_nvfp4.reference import Activations
 
 NONE = Activations("none", None, "hardware")
@@ -193,3 +194,27 @@ def test_table_names_every_slot_once_in_rising_order(tokens, experts, device):
     flat = ids.cpu().flatten()
     for e in range(experts):
         assert found.get(e, []) == (flat == e).nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("tokens", [3, 520])
+def test_rows_of_slots_are_weighted_and_rounded_by_their_experts(tokens, device):
+    """520 tokens are so many that a program reads a row once for all of its slots."""
+    x = torch.randn(tokens, 64, device=device).half()
+    ids, weights = routing(tokens, 3, 5, device)
+    act_scale = torch.rand(5, dtype=torch.float64, device=device) * 1e-3 + 5e-4
+    rows = (x.repeat_interleave(3, dim=0).float() * weights.reshape(-1, 1)).half()
+    expected, _ = Activations("static", act_scale, "hardware").enter_rows(rows, ids.reshape(-1), 5)
+    found = enter(x, ids, 5, weights, act_scale, apart=True)
+    torch.testing.assert_close(found, permute_k(expected), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scale", [2.0**-20, 0.003, 1.0, 700.0])
+def test_rows_enter_with_the_oracle_s_bits(dtype, scale, device):
+    """Any bit patterns: NaN, infinities, subnormals, blocks whose scale is zero, subnormal, or past the largest."""
+    bits = torch.randint(-(2**15), 2**15, (64, 256), generator=torch.Generator().manual_seed(0), dtype=torch.int16)
+    x = torch.cat((bits.view(dtype), torch.randn(64, 256).mul(scale * 900).to(dtype))).to(device)
+    act_scale = torch.tensor(scale, dtype=torch.float64, device=device)
+    expected, _ = Activations("static", act_scale, "hardware").enter_rows(x, None, 1)
+    torch.testing.assert_close(enter(x, act_scale=act_scale, permute=False), expected, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(enter(x, act_scale=act_scale), permute_k(expected), rtol=0, atol=0, equal_nan=True)

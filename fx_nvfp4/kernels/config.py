@@ -86,6 +86,8 @@ TABLE_COUNTED = 256
 TABLE_SLOTS_AT_ONCE = 4096
 TABLE_BLOCKS_OF_MANY = 128
 # Elements of a row that one program of the entry kernel rounds and permutes.
-ENTRY_BLOCK = 1024
+ENTRY_BLOCK = 2048
+# Tokens from which on one program does so for all slots of a token.
+ENTRY_TOKENS = 512
 # Outputs of a token that one program of the combine kernel sums.
 COMBINE_COLUMNS = 1024

@@ -10,18 +10,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import ENTRY_BLOCK
+from .config import ENTRY_BLOCK, ENTRY_TOKENS
 from .fake_quantize import round_blocks
+from .fragments import form_of
 from .launch import dependent_launch, wait_for_inputs
 from .operands import require
 from .routing import load_expert
 
 
 @triton.jit
-def round_unscaled(x, act_scale):
+def round_unscaled(x, act_scale, NATIVE: tl.constexpr):
     """x [B, 16] float32 to code * block_scale [B, 16] float32, for one activation scale, float64."""
     # Both rounded from float64, so that neither is the rounded inverse of a rounded number.
-    codes, block_scale = round_blocks(x, act_scale.to(tl.float32), (1.0 / act_scale).to(tl.float32))
+    codes, block_scale = round_blocks(x, act_scale.to(tl.float32), (1.0 / act_scale).to(tl.float32), NATIVE)
     return codes * block_scale[:, None]
 
 
@@ -50,31 +51,36 @@ def entry_kernel(
     slots,
     K,
     E,
+    ROWS: tl.constexpr,
     PER_EXPERT: tl.constexpr,
     PERMUTE: tl.constexpr,
+    NATIVE: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Row r of out from row r // rows_per_x of x; weights_ptr and in_scale_ptr are None where not wanted."""
+    """Row r of out from row r // rows_per_x of x, ROWS of them in a program; weights and in_scale may be None."""
     wait_for_inputs(PDL)
     blocks = tl.cdiv(K, BLOCK)
-    row = (tl.program_id(0) // blocks).to(tl.int64)
+    first = (tl.program_id(0) // blocks).to(tl.int64) * ROWS
     column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
-    x = tl.load(x_ptr + row // rows_per_x * stride_xm + column, mask=column < K, other=0.0)
-    if weights_ptr is not None:
-        x = (x.to(tl.float32) * tl.load(weights_ptr + row).to(tl.float32)).to(dtype)
-    if in_scale_ptr is not None:
-        expert = 0
-        if PER_EXPERT:
-            # A slot of nobody is read by nobody; any scale will do.
-            found = load_expert(ids_ptr, row, slots, E)
-            expert = tl.where(found < E, found, 0)
-        blocks_of_x = tl.reshape(x.to(tl.float32), (BLOCK // 16, 16))
-        x = tl.reshape(round_unscaled(blocks_of_x, tl.load(in_scale_ptr + expert)), (BLOCK,)).to(dtype)
-    if PERMUTE:
-        x = tl.reshape(permute_chunks(tl.reshape(x, (1, BLOCK)), 1, BLOCK), (BLOCK,))
-    tl.store(out_ptr + row * K + column, x, mask=column < K)
+    whole = tl.load(x_ptr + first // rows_per_x * stride_xm + column, mask=column < K, other=0.0)
+    for place in tl.static_range(ROWS):
+        slot = first + place
+        x = whole
+        if weights_ptr is not None:
+            x = (x.to(tl.float32) * tl.load(weights_ptr + slot).to(tl.float32)).to(dtype)
+        if in_scale_ptr is not None:
+            expert = 0
+            if PER_EXPERT:
+                # A slot of nobody is read by nobody; any scale will do.
+                found = load_expert(ids_ptr, slot, slots, E)
+                expert = tl.where(found < E, found, 0)
+            blocks_of_x = tl.reshape(x.to(tl.float32), (BLOCK // 16, 16))
+            x = tl.reshape(round_unscaled(blocks_of_x, tl.load(in_scale_ptr + expert), NATIVE), (BLOCK,)).to(dtype)
+        if PERMUTE:
+            x = tl.reshape(permute_chunks(tl.reshape(x, (1, BLOCK)), 1, BLOCK), (BLOCK,))
+        tl.store(out_ptr + slot * K + column, x, mask=column < K)
 
 
 def enter(
@@ -103,8 +109,10 @@ def enter(
     if out.numel() == 0:
         return out
     block = min(ENTRY_BLOCK, triton.next_power_of_2(k))
+    # Of few tokens every slot has a program; of many a program reads a row once for all of its slots.
+    at_once = per_x if len(x) >= ENTRY_TOKENS else 1
     with torch.cuda.device_of(x):
-        entry_kernel[(len(out) * triton.cdiv(k, block),)](
+        entry_kernel[(len(out) // at_once * triton.cdiv(k, block),)](
             x,
             x.stride(0),
             None if ids is None else ids.contiguous(),
@@ -115,8 +123,10 @@ def enter(
             len(out),
             k,
             experts,
+            ROWS=at_once,
             PER_EXPERT=act_scale is not None and act_scale.ndim == 1,
             PERMUTE=permute,
+            NATIVE=form_of(x) == "sm90",
             BLOCK=block,
             num_warps=2 if block <= 512 else 4,
             **dependent_launch(x),

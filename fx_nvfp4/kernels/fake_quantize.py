@@ -12,7 +12,14 @@ from .operands import FLOAT_DTYPES, require
 
 
 @triton.jit
-def round_blocks(x, act_scale, inverse_act_scale):
+def round_to_e4m3(x, NATIVE: tl.constexpr):
+    """float32 to the nearest e4m3 number, ties to even, no larger than 448; by the GPU's own conversion if NATIVE."""
+    rounded = x.to(tl.float8e4nv).to(tl.float32) if NATIVE else e4m3_to_fp16(fp32_to_e4m3(x)).to(tl.float32)
+    return rounded
+
+
+@triton.jit
+def round_blocks(x, act_scale, inverse_act_scale, NATIVE: tl.constexpr = False):
     """float32 x [B, 16] with one activation scale per block [B], or one -> codes' values and block scales [B], float32.
 
     scale = e4m3(g * (amax / 6)), code = e2m1(x * (1 / (scale * (1 / g)))) with g = inverse_act_scale, each step rounded
@@ -21,7 +28,7 @@ def round_blocks(x, act_scale, inverse_act_scale):
     amax = tl.max(tl.where(x == x, tl.abs(x), 0.0), axis=1)
     wanted = inverse_act_scale * (amax * 0.16666667163372040)  # float32(1/6)
     # Not positive, or NaN from 0 * inf, when the block or the whole tensor is zero.
-    scale = e4m3_to_fp16(fp32_to_e4m3(tl.where(wanted > 0.0, wanted, 0.0))).to(tl.float32)
+    scale = round_to_e4m3(tl.where(wanted > 0.0, wanted, 0.0), NATIVE)
     # Triton's / is not correctly rounded on a GPU, and one ulp is enough to move a tie.
     step = tl.where(scale > 0.0, scale * act_scale, float("inf"))
     to_code = tl.div_rn(tl.full(step.shape, 1.0, tl.float32), step)

@@ -35,6 +35,13 @@ class TileConfig:
     prefetched: int = 512
 
     @property
+    def text(self) -> str:
+        """For reports."""
+        tokens = f"{self.smallest}..{self.largest}" if self.bodies > 1 else str(self.largest)
+        tile = f"{self.rows} rows x {tokens} tokens, K step {self.block_k}"
+        return f"{tile}, {self.num_warps} warps, {self.num_stages} stages"
+
+    @property
     def bodies(self) -> int:
         return self.largest.bit_length() - self.smallest.bit_length() + 1
 
@@ -72,11 +79,12 @@ class TileConfigs:
 
 def target_of(tensor: Tensor) -> Target:
     """The kind of GPU that a tensor is on; for the interpreter any will do."""
-    return _target_of_device(tensor.device.index or 0) if tensor.is_cuda else "hopper"
+    return target_of_device(tensor.device.index or 0) if tensor.is_cuda else "hopper"
 
 
 @cache
-def _target_of_device(device: int) -> Target:
+def target_of_device(device: int) -> Target:
+    """The kind of a GPU by its number."""
     if torch.version.hip is not None:
         return "hip"
     return "hopper" if torch.cuda.get_device_capability(device)[0] == 9 else "cuda"
@@ -84,8 +92,8 @@ def _target_of_device(device: int) -> Target:
 
 def choose(tokens: int, top: int, experts: int, target: Target) -> TileConfigs:
     """For a routed block."""
-    if tokens == 1:
-        return TileConfigs(_ONE_TOKEN[target], _ONE_TOKEN[target], direct=True)
+    if tokens <= 2:  # sorting costs more than reading an expert twice
+        return TileConfigs(_FEW_TOKENS[target], _FEW_TOKENS[target], direct=True)
     config = by_load(tokens * top / experts, target)
     return TileConfigs(config, config)
 
@@ -95,7 +103,7 @@ def by_load(each: float, target: Target) -> TileConfig:
     return next(config for most, config in _BY_LOAD[target] if each <= most)
 
 
-_ONE_TOKEN = {
+_FEW_TOKENS = {
     "hopper": TileConfig(32, 8, 8, 256, num_warps=2, num_stages=4),
     "cuda": TileConfig(32, 8, 8, 256, num_warps=2, num_stages=3),
     "hip": TileConfig(32, 16, 16, 64, num_warps=2, num_stages=2),
@@ -107,6 +115,7 @@ _BY_LOAD: dict[Target, tuple[tuple[float, TileConfig], ...]] = {
         (5, TileConfig(128, 16, 16, 128, num_warps=4, num_stages=4)),
         (24, TileConfig(128, 16, 32, 128, num_warps=4, num_stages=4)),
         (48, TileConfig(128, 16, 64, 128, num_warps=4, num_stages=3, at_once=8)),
+        (96, TileConfig(128, 16, 64, 64, num_warps=4, num_stages=4, at_once=8)),
         (math.inf, TileConfig(128, 16, 128, 64, num_warps=4, num_stages=3, at_once=8)),
     ),
     "cuda": (

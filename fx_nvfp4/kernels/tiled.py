@@ -101,7 +101,7 @@ def scaled(acc, scale, bias_ptr, stride_bn, n, N, dtype: tl.constexpr):
 
 
 @triton.jit
-def leave(h, act_scale_ptr, PERMUTE: tl.constexpr, dtype: tl.constexpr):
+def leave(h, act_scale_ptr, PERMUTE: tl.constexpr, NATIVE: tl.constexpr, dtype: tl.constexpr):
     """h [outputs, TOKENS] float32 to rows [TOKENS, outputs] in dtype: rounded to NVFP4 and permuted where asked.
 
     Fewer outputs than a chunk of columns are not permuted here, but stored where they belong.
@@ -111,7 +111,7 @@ def leave(h, act_scale_ptr, PERMUTE: tl.constexpr, dtype: tl.constexpr):
     rows = tl.trans(h.to(dtype))
     if act_scale_ptr is not None:
         blocks = tl.reshape(rows.to(tl.float32), (TOKENS * OUTPUTS // 16, 16))
-        rows = tl.reshape(round_unscaled(blocks, tl.load(act_scale_ptr)), (TOKENS, OUTPUTS)).to(dtype)
+        rows = tl.reshape(round_unscaled(blocks, tl.load(act_scale_ptr), NATIVE), (TOKENS, OUTPUTS)).to(dtype)
     if PERMUTE and OUTPUTS % 64 == 0:
         rows = permute_chunks(rows, TOKENS, OUTPUTS)
     return rows

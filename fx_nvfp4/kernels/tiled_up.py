@@ -77,9 +77,9 @@ def up_tile(
     up = scaled(up, scale, bias_ptr, stride_bn, output, N, dtype)
     if GATED:
         gate = scaled(gate, gate_scale, gate_bias_ptr, stride_bn, output, N, dtype)
-        rows = leave(ACTIVATION(gate, up), h_scale_ptr, PERMUTE_H, dtype)
+        rows = leave(ACTIVATION(gate, up), h_scale_ptr, PERMUTE_H, FORM == "sm90", dtype)
     else:
-        rows = leave(ACTIVATION(up, up), h_scale_ptr, PERMUTE_H, dtype)
+        rows = leave(ACTIVATION(up, up), h_scale_ptr, PERMUTE_H, FORM == "sm90", dtype)
     column = permuted(output) if PERMUTE_H and output.shape[0] % 64 != 0 else output
     tl.store(out_ptr + slots[:, None] * N + column[None, :], rows, mask=mask[:, None] & (output < N)[None, :])
 

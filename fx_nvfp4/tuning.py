@@ -1,0 +1,230 @@
+"""Which configuration the tiled kernels of a routed block run: measured ones, or the defaults.
+
+A block is tuned for ranges of token counts apart. Results are kept in a JSON file for each GPU in Inductor's cache
+folder, and chosen by the count of tokens at each call, without recompilation. Where nothing has been measured the
+defaults of kernels/tile_config.py serve. After :func:`enable`, which ``mode="max-autotune"`` and the backend's option
+``tune`` call, a block is measured at its first call in a range, on the weights and the routing that it has.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import statistics
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from .kernels.tile_candidates import candidates
+from .kernels.tile_config import Target, TileConfig, TileConfigs, choose
+from .lowering import compat
+
+log = logging.getLogger("fx_nvfp4.tuning")
+
+# Counts of tokens up to which one choice serves.
+RANGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 1 << 62)
+_FAILURES = (triton.CompilationError, triton.runtime.errors.OutOfResources, RuntimeError, ValueError)
+_COMPILERS = min(8, os.cpu_count() or 1)
+_REPEATS = 12
+_FLUSH_BYTES = 1 << 28  # beyond any cache
+
+
+class Problem(NamedTuple):
+    """What decides how fast a configuration is, besides the count of tokens."""
+
+    experts: int
+    top: int
+    hidden: int
+    inner: int
+    layout: str
+    dtype: str
+    activations: str  # how the inputs of both products are rounded
+
+    @property
+    def key(self) -> str:
+        return " ".join(map(str, self))
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One configuration of the search, the same for both products, and its time; None where it failed."""
+
+    config: TileConfig
+    direct: bool
+    microseconds: float | None
+    why: str = ""
+
+
+_enabled = False
+
+
+def enable() -> None:
+    """Measure blocks that have not been, in this process from now on."""
+    global _enabled
+    _enabled = True
+
+
+def enabled() -> bool:
+    return _enabled
+
+
+def configs_for(
+    problem: Problem, tokens: int, target: Target, device: torch.device, run: Callable[[TileConfigs], Tensor]
+) -> TileConfigs:
+    """The configurations of a call; `run` runs the block with others, and is called only to measure them."""
+    default = choose(tokens, problem.top, problem.experts, target)
+    if device.type != "cuda":
+        return default
+    table = table_of(device)
+    found = table.get(problem, tokens)
+    if found is None and _enabled and not torch.cuda.is_current_stream_capturing():
+        found = table.tune(problem, tokens, target, run)
+    return default if found is None else found
+
+
+def range_of(tokens: int) -> int:
+    """The range that a count of tokens is in: the largest of its counts."""
+    return next(most for most in RANGES if tokens <= most)
+
+
+class Table:
+    """What has been measured on one GPU, in memory and in a file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._chosen: dict[tuple[Problem, int], TileConfigs] = {}
+        self._stored: dict[str, list[dict[str, object]]] = self._read()
+
+    def get(self, problem: Problem, tokens: int) -> TileConfigs | None:
+        at = problem, range_of(tokens)
+        if at not in self._chosen:
+            stored = self._stored.get(f"{problem.key} {at[1]}")
+            if not stored:
+                return None
+            self._chosen[at] = _best([_measured(entry) for entry in stored])
+        return self._chosen[at]
+
+    def tune(self, problem: Problem, tokens: int, target: Target, run: Callable[[TileConfigs], Tensor]) -> TileConfigs:
+        """Measure the candidates, keep all of them in the file, and return the fastest."""
+        measured = measure(problem, tokens, target, run)
+        at = problem, range_of(tokens)
+        self._stored[f"{problem.key} {at[1]}"] = [dataclasses.asdict(m) for m in measured]
+        self._chosen[at] = _best(measured)
+        self._write()
+        log.info("%s, %d tokens:\n%s", problem, tokens, describe(measured))
+        return self._chosen[at]
+
+    def describe(self) -> str:
+        """Candidates, times and winners of all that has been measured."""
+        parts = (f"{at}\n{describe([_measured(m) for m in found])}" for at, found in sorted(self._stored.items()))
+        return "\n\n".join(parts)
+
+    def _read(self) -> dict[str, list[dict[str, object]]]:
+        try:
+            return json.loads(self._path.read_text())
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError) as error:
+            log.warning("%s cannot be read (%s); blocks are tuned anew", self._path, error)
+            return {}
+
+    def _write(self) -> None:
+        """As a whole, so that other processes never read half of it; what they wrote meanwhile is kept."""
+        self._stored = {**self._read(), **self._stored}
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=self._path.parent, delete=False) as file:
+            json.dump(self._stored, file, indent=1)
+        os.replace(file.name, self._path)
+
+
+@cache
+def table_of(device: torch.device) -> Table:
+    """What has been measured on a GPU."""
+    name = torch.cuda.get_device_name(device).replace(" ", "_").replace("/", "_")
+    return Table(compat.cache_folder() / "fx_nvfp4" / f"{name}-triton-{triton.__version__}.json")
+
+
+def measure(problem: Problem, tokens: int, target: Target, run: Callable[[TileConfigs], Tensor]) -> list[Measured]:
+    """All candidates, timed on the block itself; those whose result is wrong or varies are out."""
+    expected = run(choose(tokens, problem.top, problem.experts, target)).float()
+    default = choose(tokens, problem.top, problem.experts, target)
+    tried = [(default.up, default.direct)]
+    each = tokens * problem.top / problem.experts
+    tried += [(c, False) for c in candidates(each, problem.hidden, target)]
+    if 1 < tokens <= 8:
+        tried.append((choose(1, problem.top, problem.experts, target).up, True))
+    tried = list(dict.fromkeys(tried))
+    # Compilers run beside each other; an error comes again below, and is noted there.
+    with ThreadPoolExecutor(_COMPILERS) as pool:
+        list(pool.map(lambda c: _attempt(run, TileConfigs(c[0], c[0], c[1])), tried))
+    return [_try(config, direct, run, expected) for config, direct in tried]
+
+
+def _attempt(run: Callable[[TileConfigs], Tensor], configs: TileConfigs) -> None:
+    with contextlib.suppress(*_FAILURES):
+        run(configs)
+
+
+def _try(config: TileConfig, direct: bool, run: Callable[[TileConfigs], Tensor], expected: Tensor) -> Measured:
+    configs = TileConfigs(config, config, direct)
+    try:
+        first, second = run(configs), run(configs)
+        if not torch.equal(first, second):
+            return Measured(config, direct, None, "two runs differ")
+        error = float((first.float() - expected).norm() / expected.norm().clamp(min=1e-30))
+        if not error < 1e-2:
+            return Measured(config, direct, None, f"its result differs by {error:.1e}")
+        return Measured(config, direct, _time(lambda: run(configs)))
+    except _FAILURES as error:
+        return Measured(config, direct, None, f"{type(error).__name__}: {str(error).splitlines()[0][:120]}")
+
+
+def _time(call: Callable[[], Tensor]) -> float:
+    """Median microseconds of a CUDA graph of the call, each time after the cache has been overwritten."""
+    flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    times = []
+    for _ in range(_REPEATS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3)
+    return statistics.median(times)
+
+
+def _best(measured: list[Measured]) -> TileConfigs:
+    """The fastest; the first, which is the default, where none could be timed."""
+    timed = [m for m in measured if m.microseconds is not None] or measured[:1]
+    best = min(timed, key=lambda m: m.microseconds or 0.0)
+    return TileConfigs(best.config, best.config, best.direct)
+
+
+def _measured(entry: dict[str, object]) -> Measured:
+    return Measured(**{**entry, "config": TileConfig(**entry["config"])})  # type: ignore[arg-type]
+
+
+def describe(measured: list[Measured]) -> str:
+    """A line for each candidate, the fastest first."""
+    ordered = sorted(measured, key=lambda m: (m.microseconds is None, m.microseconds))
+    lines = []
+    for m in ordered:
+        time = m.why if m.microseconds is None else f"{m.microseconds:.1f} us"
+        lines.append(f"  {time:>12}  {m.config.text}{' each slot by itself' if m.direct else ''}")
+    return "\n".join(lines)
