@@ -69,8 +69,8 @@ def pair(whole, sharded, x, ids, weights, trained=True):
     return tuple(both)
 
 
-def compiled(run):
-    return torch.compile(run, backend="nvfp4_emu", options={"codegen": False}, fullgraph=True)
+def compiled(run, fullgraph=True):
+    return torch.compile(run, backend="nvfp4_emu", options={"codegen": False}, fullgraph=fullgraph)
 
 
 def every_case(rank, ranks):
@@ -85,17 +85,18 @@ def every_case(rank, ranks):
         found[f"shared {dim} {layout} no token"] = pair(whole, sharded, *routing("chance", 0), trained=False)
     for weighted, kind in itertools.product(("output", "input"), KINDS):
         found[f"own {weighted} {kind}"] = own_tokens(rank, ranks, mesh, weighted, kind)
+    found["own compiled"] = own_tokens(rank, ranks, mesh, "output", "chance", lambda m: compiled(m, fullgraph=False))
     found["parts"] = parts(rank, ranks, mesh)
     found["compiled"] = compiled_block(mesh)
     return found
 
 
-def own_tokens(rank, ranks, mesh, weighted, kind):
+def own_tokens(rank, ranks, mesh, weighted, kind, wrap=lambda module: module):
     """Rank 1 has no tokens, the others 2, 7, 9, ...; one process has those of all."""
     whole = fused(activations="static", weighted=weighted)
     sharded = fx_nvfp4.shard_experts(copy.deepcopy(whole), mesh, tokens="own")
     tokens = [0 if r == 1 else 3 * r + 2 for r in range(ranks)]
-    return pair(whole, sharded, *routing(kind, tokens[rank], seed=rank))
+    return pair(whole, wrap(sharded), *routing(kind, tokens[rank], seed=rank))
 
 
 def parts(rank, ranks, mesh):

@@ -142,6 +142,16 @@ def test_each_rank_reads_its_own_experts(kind, tmp_path, monkeypatch):
         assert sum(read) <= everything - 0.99 * left
 
 
+def test_a_part_is_neither_saved_as_a_model_nor_sharded_again(tmp_path):
+    pytest.importorskip("transformers")
+    some = SimpleNamespace(ndim=1, size=lambda: 2, get_local_rank=lambda: 0)
+    model = fx_nvfp4.load(MODEL, progress=False, mesh=some)
+    with pytest.raises(ValueError, match="holds a part of the experts alone"):
+        fx_nvfp4.save(model, tmp_path)
+    with pytest.raises(ValueError, match="sharded already"):
+        fx_nvfp4.shard_experts(model, some)
+
+
 def test_shares_are_even_and_whole():
     for count, ranks in ((6, 4), (5, 5), (128, 8), (7, 2)):
         shares = [share(count, rank, ranks) for rank in range(ranks)]

@@ -49,7 +49,7 @@ ALLOWED = {
     "quantization": {"quantization", "checkpoints", "dialects", "format", "ops", "reference", "tensor"},
     "quantize": {"quantization", "report", "tensor"},
     "calibrate": {"dialects", "ops", "parameters", "preparation", "quantization", "report", "tensor"},
-    "save": {"checkpoints", "ops", "tensor"},
+    "save": {"checkpoints", "ops", "parallel", "tensor"},
     "report_table": {"report"},
     "report": {"report_table"},
     "passes": {"passes", "activation", "dialects", "format", "layouts", "ops", "report"},

@@ -47,7 +47,7 @@ class Experts:
         return [name for name in every if getattr(self.module, name, None) is not None]
 
     def is_sharded(self) -> bool:
-        return hasattr(self.module, _SHARDED)
+        return is_sharded(self.module)
 
     def mark(self, count: int, whole: bool) -> None:
         """Say that the module holds this many experts now; whole: all of each."""
@@ -57,6 +57,11 @@ class Experts:
         if hasattr(self.module, "_apply_gate"):
             # transformers' forwards then skip the id num_experts.
             self.module._is_expert_parallel = whole  # type: ignore[assignment]
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a model holds a part of its experts alone."""
+    return any(hasattr(module, _SHARDED) for module in model.modules())
 
 
 def find_experts(model: nn.Module, packed: Collection[str]) -> list[Experts]:

@@ -41,7 +41,8 @@ class Exchange:
         rows = x[order // ids.shape[1]]
         if self.weighted == "input":
             rows = (rows.float() * weights.reshape(-1)[order].float().unsqueeze(-1)).to(x.dtype)
-        rows = all_to_all_single_autograd(rows, received, sent, self.group)
+        # What is still under way is no input for a compiled graph: the copy waits for it.
+        rows = all_to_all_single_autograd(rows, received, sent, self.group).clone()
         local = ids.new_empty(sum(received))
         all_to_all_single(local, slots[order].contiguous(), received, sent, group=self.group)
         local = (local - self.first).unsqueeze(-1)
