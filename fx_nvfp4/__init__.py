@@ -8,6 +8,7 @@ from .backend import nvfp4_emu
 from .calibrate import calibrate
 from .checkpoint import CheckpointError, load
 from .explain import explain
+from .parallel.shard import shard_experts
 from .prepack_model import prepack
 from .prepare import prepare
 from .quantize import NVFP4Config, quantizable, quantize_
@@ -40,4 +41,5 @@ __all__ = [
     "quantize_",
     "save",
     "save_file",
+    "shard_experts",
 ]

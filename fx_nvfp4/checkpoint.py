@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,12 +14,17 @@ from torch import Tensor
 from .checkpoints import skeleton
 from .checkpoints.assemble import Assembler
 from .checkpoints.errors import CheckpointError
+from .checkpoints.local import keep_experts
 from .checkpoints.plan import Plan, make_plan
 from .checkpoints.reader import Reader, checkpoint_folder, read_json
 from .checkpoints.scheme import Scheme, read_scheme
 from .dialects import get_dialect
+from .parallel.shard import Shards
 from .prepack_model import tile_all
 from .tensor import NVFP4Weight
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["CheckpointError", "StoredWeights", "load", "read_weights"]
 
@@ -38,6 +43,8 @@ def load(
     activations: str = "checkpoint",
     prepack: bool | None = None,
     progress: bool = True,
+    mesh: DeviceMesh | None = None,
+    tokens: str = "shared",
 ) -> Any:
     """Load an NVFP4 checkpoint; packed weights stay packed all the way (:class:`fx_nvfp4.NVFP4Weight`).
 
@@ -54,6 +61,9 @@ def load(
         prepack: put packed weights into tiles, where they lie and can be (:func:`fx_nvfp4.prepack`); default on CUDA
             and ROCm devices, of models in 16 bits, alone: there kernels read tiles as they are.
         progress: show a progress bar.
+        mesh: read this rank's experts alone; the model is then as :func:`fx_nvfp4.shard_experts` leaves it with
+            dim="expert".
+        tokens: as for that function.
 
     Returns:
         The transformers model that config.json names, in eval mode, nothing of it requiring a gradient.
@@ -61,7 +71,7 @@ def load(
     Raises:
         CheckpointError: the checkpoint is no NVFP4 checkpoint, or is incomplete or damaged. Everything but the
             contents of block scales and plain weights is checked before memory is allocated.
-        ValueError: an unknown dialect, dtype or value of activations.
+        ValueError: an unknown dialect, dtype or value of activations; experts that cannot be shared among the ranks.
         ImportError: transformers is not installed.
     """
     if dtype is not None and dtype not in _DTYPES:
@@ -72,6 +82,9 @@ def load(
         get_dialect(dialect)
     opened = _open(path, dtype, activations)
     plan, model = opened.plan, opened.model
+    shards = None if mesh is None else Shards(model, mesh, tokens, plan.packed)
+    if shards is not None:
+        plan = keep_experts(plan, shards.kept)
     generation_config = skeleton.read_generation_config(model, opened.folder)
 
     target = torch.device("cpu" if device is None else device)
@@ -83,6 +96,8 @@ def load(
         logger.info("%s", tile_all(weights.items()))
     skeleton.initialize_buffers(model, target)
     _install(model, weights, plan)
+    if shards is not None:
+        shards.install()
     if generation_config is not None:
         model.generation_config = generation_config
     return model

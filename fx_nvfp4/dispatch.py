@@ -17,7 +17,14 @@ from .tensor import NVFP4Weight, unsupported
 aten = torch.ops.aten
 implements = NVFP4Weight.implements
 
+_COPIES = (
+    "memory of its shape, as FSDP2 and distribute_tensor ask for: leave packed weights out of fully_shard by "
+    "ignored_params={p for p in model.parameters() if isinstance(p, NVFP4Weight)}, and share experts among ranks by "
+    "fx_nvfp4.shard_experts"
+)
 _ADVICE = {
+    aten.new_zeros.default: _COPIES,
+    aten.empty_like.default: _COPIES,
     aten.embedding.default: "an embedding reads rows as they are: keep it unpacked, or dequantise the table once",
     aten.gather.default: "gathered element by element: choose experts by index, weight[ids]",
     aten.repeat.default: "repeat copies: use expand, or choose experts by index, weight[ids]",

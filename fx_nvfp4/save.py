@@ -13,6 +13,7 @@ from .checkpoints.formats import COMPRESSED_TENSORS, MODELOPT
 from .checkpoints.shards import write_json, write_shards
 from .checkpoints.stored import dense_modules, stored_tensors
 from .ops import UNCALIBRATED
+from .parallel.experts import is_sharded
 from .tensor import NVFP4Weight
 
 _CONVENTIONS = {c.method: c for c in (MODELOPT, COMPRESSED_TENSORS)}
@@ -33,7 +34,8 @@ def save(model: Any, path: str | Path, producer: str = "modelopt", *, shard_size
         shard_size: bytes of one safetensors file, at most.
 
     Raises:
-        ValueError: another producer, or activations that these forms do not have: dynamic, mixed, not yet calibrated.
+        ValueError: another producer, or activations that these forms do not have: dynamic, mixed, not yet calibrated;
+            a model that holds some of its experts alone.
         TypeError: not a transformers model; :func:`fx_nvfp4.save_file` takes any state dict.
         CheckpointError: a weight that the form has no place for; names it.
     """
@@ -46,6 +48,10 @@ def save(model: Any, path: str | Path, producer: str = "modelopt", *, shard_size
         )
     if getattr(getattr(model, "nvfp4_preparation", None), "fused", None):
         raise ValueError("save: prepare() changed the names of experts, which no loader knows: save, then prepare")
+    if is_sharded(model):
+        raise ValueError(
+            "save: this rank holds a part of the experts alone: save the model that was sharded, on one rank"
+        )
     convention, activations = _CONVENTIONS[producer], _activations(model)
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)

@@ -12,10 +12,11 @@ import pytest
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def run(name, tmp_path, *arguments):
+def run(name, tmp_path, *arguments, launcher=()):
     # Small products gain nothing from more threads, and wait for each other where cores are busy.
     env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, EXAMPLES / name, *arguments], env=env, capture_output=True, text=True)
+    command = [sys.executable, *launcher, EXAMPLES / name, *arguments]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -45,6 +46,22 @@ def test_quantize_model_compiles_to_eager_and_loads_what_it_saved(tmp_path):
     assert "calibrate: 12 weights, 0 weights of experts without a token" in output
     assert float(re.search(r"largest difference to eager (\S+)", output)[1]) < 1e-4
     assert output.count("loaded: logits are the same") == 2
+
+
+@pytest.mark.slow
+def test_lora_learns_and_has_the_gradients_of_the_dequantised_model(tmp_path):
+    output = run("lora.py", tmp_path)
+    before, after = re.search(r"loss (\S+) before, (\S+) after", output).groups()
+    assert float(after) < 0.3 * float(before)
+    assert float(re.search(r"dequantised model (\S+) of", output)[1]) < 1e-4
+
+
+@pytest.mark.slow
+def test_expert_parallel_computes_what_one_process_does(tmp_path):
+    pytest.importorskip("transformers")
+    output = run("expert_parallel.py", tmp_path, launcher=("-m", "torch.distributed.run", "--nproc-per-node", "2"))
+    assert [f"rank {rank}: 2 experts a layer" in output for rank in (0, 1)] == [True, True]
+    assert float(re.search(r"difference to one process: (\S+)", output)[1]) < 1e-4
 
 
 @pytest.mark.slow

@@ -46,11 +46,12 @@ ALLOWED = {
     "fused": {"activation", "tensor"},
     "parameters": set(),
     "preparation": {"preparation", "fused", "layouts", "parameters", "passes", "report", "tensor", "torchao_interop"},
+    "parallel": {"checkpoints", "format", "fused", "parallel", "tensor"},
     "prepare": {"checkpoints", "preparation", "report", "tensor"},
     "quantization": {"quantization", "checkpoints", "dialects", "format", "ops", "reference", "tensor"},
     "quantize": {"quantization", "report", "tensor"},
     "calibrate": {"dialects", "ops", "parameters", "preparation", "quantization", "report", "tensor"},
-    "save": {"checkpoints", "ops", "tensor"},
+    "save": {"checkpoints", "ops", "parallel", "tensor"},
     "report_table": {"report"},
     "report": {"report_table"},
     "passes": {"passes", "activation", "dialects", "format", "layouts", "ops", "report"},
@@ -84,7 +85,7 @@ ALLOWED = {
         *("backend", "graph_breaks", "lowering", "preparation", "report", "tensor", "torchao_interop"),
     },
     "checkpoints": {"checkpoints", "format", "dialects", "tensor", "dispatch", "torchao_interop"},
-    "checkpoint": {"checkpoints", "dialects", "prepack_model", "tensor"},
+    "checkpoint": {"checkpoints", "dialects", "parallel", "prepack_model", "tensor"},
 }
 
 

@@ -1,0 +1,107 @@
+"""Modules of stacked experts whose parameters and forward are known: FusedExperts, and transformers' own."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoints.skeleton import experts_layout
+from ..fused import BIAS, DOWN_NAME, UP_NAMES, FusedExperts
+
+_SHARDED = "_nvfp4_shard"  # on modules that hold a part of their experts already
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A module with forward(x [T, K], ids [T, A], weights [T, A]) and stacked weights, [E, N, K] or transposed.
+
+    layout: how the up weights' rows hold gate and up, as of :class:`FusedExperts`.
+    """
+
+    path: str
+    module: nn.Module
+    up: tuple[str, ...]
+    layout: str
+    transposed: bool
+    weighted: str
+
+    @property
+    def down(self) -> Tensor:
+        return self.module.get_parameter(DOWN_NAME)
+
+    @property
+    def count(self) -> int:
+        return self.down.shape[0]
+
+    @property
+    def inner(self) -> int:
+        """The intermediate size, which up gives and down takes."""
+        return self.down.shape[1 if self.transposed else 2]
+
+    def names(self) -> list[str]:
+        """Of all weights and biases that there are."""
+        every = [name + end for name in (*self.up, DOWN_NAME) for end in ("", BIAS)]
+        return [name for name in every if getattr(self.module, name, None) is not None]
+
+    def is_sharded(self) -> bool:
+        return is_sharded(self.module)
+
+    def mark(self, count: int, whole: bool) -> None:
+        """Say that the module holds this many experts now; whole: all of each."""
+        setattr(self.module, _SHARDED, True)
+        if hasattr(self.module, "num_experts"):
+            self.module.num_experts = count  # type: ignore[assignment]
+        if hasattr(self.module, "_apply_gate"):
+            # transformers' forwards then skip the id num_experts.
+            self.module._is_expert_parallel = whole  # type: ignore[assignment]
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a model holds a part of its experts alone."""
+    return any(hasattr(module, _SHARDED) for module in model.modules())
+
+
+def find_experts(model: nn.Module, packed: Collection[str]) -> list[Experts]:
+    """All modules that hold packed experts, in the model's order.
+
+    Args:
+        packed: names of the parameters that are packed, or will be.
+
+    Raises:
+        ValueError: one of them is of a kind that is not known.
+    """
+    found = []
+    for path, module in model.named_modules():
+        stacked = [name for name, p in module.named_parameters(recurse=False) if p.dim() == 3]
+        stacked = [name for name in stacked if f"{path}.{name}".lstrip(".") in packed]
+        if stacked:
+            found.append(_known(path, module, stacked[0]))
+    return found
+
+
+def _known(path: str, module: nn.Module, packed: str) -> Experts:
+    experts = describe(path, module)
+    if experts is None:
+        raise ValueError(
+            f"{path or 'the model'}: {type(module).__name__} holds packed experts ({packed}) and is neither "
+            "fx_nvfp4.fused.FusedExperts nor an experts module of transformers whose implementation can be chosen. "
+            "Hold the experts in a FusedExperts, or as a list that fx_nvfp4.prepare fuses"
+        )
+    return experts
+
+
+def describe(path: str, module: nn.Module) -> Experts | None:
+    """What is known of a module; None: nothing. Its weights may have no values yet."""
+    if isinstance(module, FusedExperts):
+        return Experts(path, module, UP_NAMES[module.layout], module.layout, False, module.weighted)
+    # transformers' decorator for experts whose implementation can be chosen leaves this method.
+    if not hasattr(module, "_apply_gate") or not isinstance(getattr(module, DOWN_NAME, None), torch.Tensor):
+        return None
+    stored = experts_layout(module)
+    if hasattr(module, "gate_up_proj"):
+        layout = "interleaved" if stored.interleaved else "concatenated"
+        return Experts(path, module, ("gate_up_proj",), layout, stored.transposed, "output")
+    return Experts(path, module, ("up_proj",), "plain", stored.transposed, "output")
