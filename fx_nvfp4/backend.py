@@ -85,6 +85,8 @@ def nvfp4_emu(
     if unknown:
         log.debug("nvfp4_emu: arguments %s of this torch release are not used", sorted(unknown))
     ours, inductor = _split_options(options or {})
+    if ours["tune"] or (mode or "").startswith("max-autotune"):
+        tuning.enable()
     patches = {**compat.mode_patches(mode), **inductor}
     if versions.is_tested():
         return _compile(gm, example_inputs, patches, ours)
@@ -97,8 +99,6 @@ def _compile(
     gm: fx.GraphModule, example_inputs: Sequence[Any], patches: dict[str, Any], ours: dict[str, Any]
 ) -> Callable[..., Any]:
     packed = _holds_packed(example_inputs)
-    if ours["tune"] or (mode or "").startswith("max-autotune"):
-        tuning.enable()
     left = tile_inputs(gm, example_inputs, ours["prepack"] == "always") if packed and ours["prepack"] else []
     tables = find_tables(gm, example_inputs) if packed else {}
     folder = compat.debug_folder(patches)
