@@ -101,8 +101,13 @@ def test_operands_may_lie_anyhow(where, name, change, mode, dtype):
     call = Call(name, "none" if name == "input_grad" else mode, dtype=dtype, device=where)
     want = call.run()
     assert want.any()
-    assert torch.equal(call.run(change), want)
     assert torch.equal(call.run(routing=change), want)
+    if where == "cuda" and change is not offset:
+        # A copy of the weights at each call would be a silent one of gigabytes: kernels refuse it, and say so.
+        with pytest.raises(ValueError, match="contiguous last dimension"):
+            call.run(change)
+    else:
+        assert torch.equal(call.run(change), want)
 
 
 @pytest.mark.parametrize("name", OPS)
