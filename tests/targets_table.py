@@ -29,6 +29,7 @@ Every Triton kernel, compiled for each target without a GPU of that kind, as `te
 fails where one spills registers or takes more shared memory than a block may have. Compiled is not run: the README says
 where the kernels have run. Made by
 
+<!-- not run: it compiles every kernel for nine targets, which takes minutes -->
 ```bash
 python tests/targets_table.py
 ```
