@@ -48,7 +48,6 @@ def check(results: list[dict[str, Any]]) -> None:
             assert not r.get("register_wgmma"), r
 
 
-@pytest.mark.slow
 def test_kernels_compile_for_all_targets() -> None:
     check(cross_compile())
 
@@ -64,7 +63,6 @@ def test_the_largest_tile_uses_hopper_matrix_units() -> None:
     assert any(r["wgmma"] for r in results)
 
 
-@pytest.mark.slow
 def test_kernels_on_tiled_weights_compile_for_all_targets() -> None:
     results = cross_compile("--tiled")
     assert {r["target"] for r in results} == set(SHARED_LIMIT)
