@@ -18,11 +18,11 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from .kernels.tile_candidates import candidates
@@ -33,7 +33,6 @@ log = logging.getLogger("fx_nvfp4.tuning")
 
 # Counts of tokens up to which one choice serves.
 RANGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 1 << 62)
-_FAILURES = (triton.CompilationError, triton.runtime.errors.OutOfResources, RuntimeError, ValueError)
 _COMPILERS = min(8, os.cpu_count() or 1)
 _REPEATS = 12
 _FLUSH_BYTES = 1 << 28  # beyond any cache
@@ -151,7 +150,7 @@ class Table:
 def table_of(device: torch.device) -> Table:
     """What has been measured on a GPU."""
     name = torch.cuda.get_device_name(device).replace(" ", "_").replace("/", "_")
-    return Table(compat.cache_folder() / "fx_nvfp4" / f"{name}-triton-{triton.__version__}.json")
+    return Table(compat.cache_folder() / "fx_nvfp4" / f"{name}-triton-{metadata.version('triton')}.json")
 
 
 def measure(problem: Problem, tokens: int, target: Target, run: Callable[[TileConfigs], Tensor]) -> list[Measured]:
@@ -171,8 +170,15 @@ def measure(problem: Problem, tokens: int, target: Target, run: Callable[[TileCo
 
 
 def _attempt(run: Callable[[TileConfigs], Tensor], configs: TileConfigs) -> None:
-    with contextlib.suppress(*_FAILURES):
+    with contextlib.suppress(*_failures()):
         run(configs)
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What a configuration that a GPU cannot run raises."""
+    import triton  # not needed on a CPU
+
+    return triton.CompilationError, triton.runtime.errors.OutOfResources, RuntimeError, ValueError
 
 
 def _try(config: TileConfig, direct: bool, run: Callable[[TileConfigs], Tensor], expected: Tensor) -> Measured:
@@ -185,7 +191,7 @@ def _try(config: TileConfig, direct: bool, run: Callable[[TileConfigs], Tensor],
         if not error < 1e-2:
             return Measured(config, direct, None, f"its result differs by {error:.1e}")
         return Measured(config, direct, _time(lambda: run(configs)))
-    except _FAILURES as error:
+    except _failures() as error:
         return Measured(config, direct, None, f"{type(error).__name__}: {str(error).splitlines()[0][:120]}")
 
 

@@ -3,11 +3,10 @@
 import math
 from dataclasses import dataclass
 from functools import cache
+from importlib import metadata
 from typing import Literal
 
 import torch
-import triton
-from packaging import version
 from torch import Tensor
 
 # Hopper has matrix units of its own kind, whose left operand may come from registers.
@@ -59,13 +58,19 @@ class TileConfig:
         return meta if self.registers is None else {**meta, "maxnreg": self.registers}
 
 
+@cache
+def _triton_version() -> tuple[int, ...]:
+    """Without importing it, as it is not needed on a CPU."""
+    return tuple(map(int, metadata.version("triton").split(".")[:2]))
+
+
 def needs_wait(config: TileConfig) -> bool:
     """Whether the loop must wait for the matrix units itself.
 
     With a step of 64 and 64 tokens or more, Triton 3.6 leaves a wgmma in flight across the loop edge while its left
     operand's registers are written anew; results are wrong and change from run to run.
     """
-    return config.block_k < 128 and config.largest >= 64 and version.parse(triton.__version__) < version.parse("3.7")
+    return config.block_k < 128 and config.largest >= 64 and _triton_version() < (3, 7)
 
 
 @dataclass(frozen=True)
