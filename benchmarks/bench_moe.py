@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import fx_nvfp4  # noqa: F401  registers the ops
+from fx_nvfp4.tuning import microseconds
 
 ROUTINGS = 8
 op = torch.ops.fx_nvfp4
@@ -40,23 +41,12 @@ def from_grouped(x: Tensor, ids: Tensor, weights: Tensor, up: list[Tensor], down
 def replay_time(call: Callable[[Tensor], object], routings: list[Tensor], reads: Tensor) -> float:
     """Median microseconds of one replay, over routings in turn; the L2 cache is flushed before each."""
     ids = routings[0].clone()
-    for _ in range(3):
-        call(ids)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call(ids)
-    times = []
-    for i in range(40):
+
+    def before(i: int) -> None:
         ids.copy_(routings[i % len(routings)])
         reads.sum()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3)
-    return statistics.median(times)
+
+    return microseconds(lambda: call(ids), before, repeats=40)
 
 
 def main() -> None:

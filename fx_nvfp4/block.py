@@ -90,6 +90,8 @@ class Block:
 
     def canonical(self) -> Block:
         """The same with all weights in the canonical layout."""
+        if not self.tiled:
+            return self
         return replace(self, up=tuple(p.canonical() for p in self.up), down=self.down.canonical())
 
     @property

@@ -21,24 +21,22 @@ from .kernels import indexed as indexed_kernels
 from .kernels import input_grad as gradient_kernels
 from .kernels import moe as moe_kernels
 from .kernels import routing as routing_kernels
-from .layouts import canonical, is_tiled
+from .layouts import canonical
 from .reference import Activations
 
 
 def linear(x: Tensor, qdata: Tensor, block_scale: Tensor, global_scale: Tensor, act: Activations) -> Tensor:
-    if is_tiled(qdata):
-        if gpu_tiled.serves(x):
-            return gpu_tiled.linear(x, qdata, block_scale, global_scale, act)
-        return linear(x, *canonical(qdata, block_scale), global_scale, act)
+    if gpu_tiled.serves(x, qdata):
+        return gpu_tiled.linear(x, qdata, block_scale, global_scale, act)
+    qdata, block_scale = canonical(qdata, block_scale)
     operand, out_scale = _enter(x, act, None, 0)
     return batched_kernels.linear(operand, qdata, block_scale, global_scale, out_scale)
 
 
 def batched(x: Tensor, qdata: Tensor, block_scale: Tensor, global_scale: Tensor, act: Activations) -> Tensor:
-    if is_tiled(qdata):
-        if gpu_tiled.serves(x):
-            return gpu_tiled.batched(x, qdata, block_scale, global_scale, act)
-        return batched(x, *canonical(qdata, block_scale), global_scale, act)
+    if gpu_tiled.serves(x, qdata):
+        return gpu_tiled.batched(x, qdata, block_scale, global_scale, act)
+    qdata, block_scale = canonical(qdata, block_scale)
     experts, rows = x.shape[:2]
     group = torch.arange(experts, device=x.device).unsqueeze(1).expand(experts, rows) if act.mode != "none" else None
     operand, out_scale = _enter(x, act, group, experts)
@@ -48,10 +46,9 @@ def batched(x: Tensor, qdata: Tensor, block_scale: Tensor, global_scale: Tensor,
 def indexed(
     x: Tensor, qdata: Tensor, block_scale: Tensor, global_scale: Tensor, ids: Tensor, act: Activations
 ) -> Tensor:
-    if is_tiled(qdata):
-        if gpu_tiled.serves(x):
-            return gpu_tiled.indexed(x, qdata, block_scale, global_scale, ids, act)
-        return indexed(x, *canonical(qdata, block_scale), global_scale, ids, act)
+    if gpu_tiled.serves(x, qdata):
+        return gpu_tiled.indexed(x, qdata, block_scale, global_scale, ids, act)
+    qdata, block_scale = canonical(qdata, block_scale)
     operand, out_scale = _enter(x, act, ids, qdata.shape[0])
     return indexed_kernels.indexed(operand, qdata, block_scale, global_scale, ids, out_scale)
 
@@ -59,10 +56,9 @@ def indexed(
 def grouped(
     x: Tensor, qdata: Tensor, block_scale: Tensor, global_scale: Tensor, offs: Tensor, act: Activations
 ) -> Tensor:
-    if is_tiled(qdata):
-        if gpu_tiled.serves(x):
-            return gpu_tiled.grouped(x, qdata, block_scale, global_scale, offs, act)
-        return grouped(x, *canonical(qdata, block_scale), global_scale, offs, act)
+    if gpu_tiled.serves(x, qdata):
+        return gpu_tiled.grouped(x, qdata, block_scale, global_scale, offs, act)
+    qdata, block_scale = canonical(qdata, block_scale)
     group = grouped_kernels.row_groups(offs, x.shape[0]) if act.mode != "none" else None
     operand, out_scale = _enter(x, act, group, qdata.shape[0])
     return grouped_kernels.grouped(operand, qdata, block_scale, global_scale, offs, out_scale)
@@ -71,10 +67,9 @@ def grouped(
 def moe(x: Tensor, ids: Tensor, weights: Tensor, block: Block) -> Tensor:
     if ids.numel() == 0:
         return x.new_zeros(x.shape[0], block.down.n)
-    if block.tiled:
-        if gpu_tiled.supports(x, block):
-            return gpu_tiled.moe(x, ids, weights, block)
-        block = block.canonical()
+    if gpu_tiled.supports(x, block):
+        return gpu_tiled.moe(x, ids, weights, block)
+    block = block.canonical()
     order, offs = routing_kernels.sort_slots(ids, block.experts)
     top, slot_ids = ids.shape[1], ids.reshape(-1)
     apart = block.rows_apart

@@ -1,6 +1,6 @@
 """The ops on a GPU with tiled weights (fx_nvfp4/prepack.py). The host never waits.
 
-A routed block is five launches, or three for one token: slots are sorted into tiles, rows of x are rounded and
+A routed block is five launches, or three for one or two tokens: slots are sorted into tiles, rows of x are rounded and
 permuted, the up product leaves h rounded and permuted for the down product, and the weighted sum follows.
 """
 
@@ -167,12 +167,12 @@ def _operands(block: Block) -> tuple[TiledOperand | None, TiledOperand, bool]:
     return gate, _operand(first, slice(n, None), slice(n // 16, None)), False
 
 
-def serves(x: Tensor) -> bool:
-    """Whether the kernels multiply activations of this dtype."""
-    return x.dtype in (torch.bfloat16, torch.float16)
+def serves(x: Tensor, qdata: Tensor) -> bool:
+    """Whether the kernels multiply activations of this dtype by weights with these codes."""
+    return is_tiled(qdata) and x.dtype in (torch.bfloat16, torch.float16)
 
 
 def supports(x: Tensor, block: Block) -> bool:
     """Whether the kernels run a block: all its weights are in tiles, and gate and up are whole tiles of their own."""
     whole = block.layout != "concatenated" or block.up[0].n % (2 * TILE_ROWS) == 0
-    return serves(x) and whole and all(is_tiled(p.qdata) for p in (*block.up, block.down))
+    return whole and all(serves(x, p.qdata) for p in (*block.up, block.down))

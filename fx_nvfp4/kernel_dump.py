@@ -33,7 +33,6 @@ _RUN = '''"""Runs the kernels beside this file on one routed block: correct firs
 import argparse
 import dataclasses
 import importlib
-import statistics
 import sys
 from pathlib import Path
 
@@ -56,6 +55,7 @@ from fx_nvfp4.activation import parse
 from fx_nvfp4.block import Block, Projection
 from fx_nvfp4.prepack import prepack
 from fx_nvfp4.reference import Activations
+from fx_nvfp4.tuning import microseconds
 from kernels.tile_config import TileConfig, TileConfigs
 
 EXPERTS, TOP, HIDDEN, INNER = @SIZES@
@@ -91,26 +91,6 @@ def check(block: Block, packed: Block, tokens: int, device: str) -> tuple:
     return (lambda: gpu_tiled.moe(x, ids, weights, packed, configs)), error
 
 
-def microseconds(call) -> float:
-    """Median of CUDA graphs, each time after the cache has been overwritten."""
-    flush = torch.empty(1 << 28, dtype=torch.int8, device="cuda")
-    call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    times = []
-    for _ in range(30):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush.zero_()
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3)
-    return statistics.median(times)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=@TOKENS@)
@@ -122,7 +102,7 @@ def main() -> None:
     packed = dataclasses.replace(block, up=tuple(map(tiled, up)), down=tiled(block.down))
     for tokens in args.tokens:
         call, error = check(block, packed, tokens, device)
-        time = f"{microseconds(call):9.1f} us" if device == "cuda" else "right; timed on a GPU only"
+        time = f"{microseconds(call, repeats=30):9.1f} us" if device == "cuda" else "right; timed on a GPU only"
         print(f"{tokens:6} tokens  relative error {error:.1e}  {time}")
 
 

@@ -102,7 +102,7 @@ class Table:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._chosen: dict[tuple[Problem, int], TileConfigs] = {}
-        self._stored: dict[str, list[dict[str, object]]] = self._read()
+        self._stored = self._read()
 
     def get(self, problem: Problem, tokens: int) -> TileConfigs | None:
         at = problem, range_of(tokens)
@@ -110,14 +110,14 @@ class Table:
             stored = self._stored.get(f"{problem.key} {at[1]}")
             if not stored:
                 return None
-            self._chosen[at] = _best([_measured(entry) for entry in stored])
+            self._chosen[at] = _best(stored)
         return self._chosen[at]
 
     def tune(self, problem: Problem, tokens: int, target: Target, run: Callable[[TileConfigs], Tensor]) -> TileConfigs:
         """Measure the candidates, keep all of them in the file, and return the fastest."""
         measured = measure(problem, tokens, target, run)
         at = problem, range_of(tokens)
-        self._stored[f"{problem.key} {at[1]}"] = [dataclasses.asdict(m) for m in measured]
+        self._stored[f"{problem.key} {at[1]}"] = measured
         self._chosen[at] = _best(measured)
         self._write()
         log.info("%s, %d tokens:\n%s", problem, tokens, describe(measured))
@@ -125,15 +125,15 @@ class Table:
 
     def describe(self) -> str:
         """Candidates, times and winners of all that has been measured."""
-        parts = (f"{at}\n{describe([_measured(m) for m in found])}" for at, found in sorted(self._stored.items()))
-        return "\n\n".join(parts)
+        return "\n\n".join(f"{at}\n{describe(found)}" for at, found in sorted(self._stored.items()))
 
-    def _read(self) -> dict[str, list[dict[str, object]]]:
+    def _read(self) -> dict[str, list[Measured]]:
         try:
-            return json.loads(self._path.read_text())
+            stored = json.loads(self._path.read_text())
+            return {at: [_measured(entry) for entry in found] for at, found in stored.items()}
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError) as error:  # TypeError: of a release with other configurations
             log.warning("%s cannot be read (%s); blocks are tuned anew", self._path, error)
             return {}
 
@@ -142,7 +142,7 @@ class Table:
         self._stored = {**self._read(), **self._stored}
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=self._path.parent, delete=False) as file:
-            json.dump(self._stored, file, indent=1)
+            json.dump(self._stored, file, indent=1, default=dataclasses.asdict)
         os.replace(file.name, self._path)
 
 
@@ -155,8 +155,8 @@ def table_of(device: torch.device) -> Table:
 
 def measure(problem: Problem, tokens: int, target: Target, run: Callable[[TileConfigs], Tensor]) -> list[Measured]:
     """All candidates, timed on the block itself; those whose result is wrong or varies are out."""
-    expected = run(choose(tokens, problem.top, problem.experts, target)).float()
     default = choose(tokens, problem.top, problem.experts, target)
+    expected = run(default).float()
     tried = [(default.up, default.direct)]
     each = tokens * problem.top / problem.experts
     tried += [(c, False) for c in candidates(each, problem.hidden, target)]
@@ -190,29 +190,40 @@ def _try(config: TileConfig, direct: bool, run: Callable[[TileConfigs], Tensor],
         error = float((first.float() - expected).norm() / expected.norm().clamp(min=1e-30))
         if not error < 1e-2:
             return Measured(config, direct, None, f"its result differs by {error:.1e}")
-        return Measured(config, direct, _time(lambda: run(configs)))
+        return Measured(config, direct, microseconds(lambda: run(configs)))
     except _failures() as error:
         return Measured(config, direct, None, f"{type(error).__name__}: {str(error).splitlines()[0][:120]}")
 
 
-def _time(call: Callable[[], Tensor]) -> float:
-    """Median microseconds of a CUDA graph of the call, each time after the cache has been overwritten."""
-    flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
+def microseconds(
+    call: Callable[[], object], before: Callable[[int], object] | None = None, repeats: int = _REPEATS
+) -> float:
+    """Median time of a CUDA graph of the call.
+
+    Args:
+        before: called with 0, 1, ... ahead of each replay; by default the cache is overwritten.
+    """
+    before = before or _overwrite_cache()
     call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
     times = []
-    for _ in range(_REPEATS):
+    for i in range(repeats):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush.zero_()
+        before(i)
         start.record()
         graph.replay()
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) * 1e3)
     return statistics.median(times)
+
+
+def _overwrite_cache() -> Callable[[int], object]:
+    content = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    return lambda _: content.zero_()
 
 
 def _best(measured: list[Measured]) -> TileConfigs:

@@ -41,7 +41,7 @@ class Runs:
 
     def __init__(self, monkeypatch, seconds, result=lambda c: torch.ones(4)):
         self.seen, self.result = [], result
-        monkeypatch.setattr(tuning, "_time", lambda call: call() is None or seconds(self.seen[-1]))
+        monkeypatch.setattr(tuning, "microseconds", lambda call: call() is None or seconds(self.seen[-1]))
 
     def __call__(self, configs: TileConfigs) -> torch.Tensor:
         self.seen.append(configs)
@@ -68,8 +68,9 @@ def test_two_processes_keep_what_the_other_wrote(monkeypatch, tmp_path):
     assert len(json.loads((tmp_path / "gpu.json").read_text())) == 2
 
 
-def test_a_broken_file_is_no_obstacle(monkeypatch, tmp_path, caplog):
-    (tmp_path / "gpu.json").write_text("{")
+@pytest.mark.parametrize("content", ["{", '{"a": [{"config": {"width": 1}, "direct": false, "microseconds": 1.0}]}'])
+def test_a_broken_file_or_one_of_another_release_is_no_obstacle(content, monkeypatch, tmp_path, caplog):
+    (tmp_path / "gpu.json").write_text(content)
     table = tuning.Table(tmp_path / "gpu.json")
     assert table.get(PROBLEM, 1) is None
     assert "cannot be read" in caplog.text

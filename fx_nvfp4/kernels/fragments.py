@@ -78,13 +78,20 @@ def _rotate_right(word, BY: tl.constexpr):
 
 
 @triton.jit
+def _parted(register, dtype: tl.constexpr):
+    """The two values that a 32-bit register holds."""
+    low = (register & 0xFFFF).to(tl.uint16).to(dtype, bitcast=True)
+    high = (register >> 16).to(tl.uint16).to(dtype, bitcast=True)
+    return low, high
+
+
+@triton.jit
 def _register(word, factor, dtype: tl.constexpr):
     """Both halves of one register, [..., 2] in dtype."""
     bits = word & 0x81C081C0
     if dtype == tl.float16:
         bits += 7 * (bits & 0x01C001C0)
-    low = (bits & 0xFFFF).to(tl.uint16).to(dtype, bitcast=True)
-    high = (bits >> 16).to(tl.uint16).to(dtype, bitcast=True)
+    low, high = _parted(bits, dtype)
     return tl.join(low * factor, high * factor)
 
 
@@ -93,8 +100,7 @@ def _decode_plain(words, scales, dtype: tl.constexpr):
     """The eight registers by integer operations: words uint32 [..., 2], scales uint32 [..., 1] holding two."""
     w0, w1 = tl.split(words)
     both, _ = tl.split(tl.broadcast_to(scales, words.shape))
-    f0 = (both & 0xFFFF).to(tl.uint16).to(dtype, bitcast=True)
-    f1 = (both >> 16).to(tl.uint16).to(dtype, bitcast=True)
+    f0, f1 = _parted(both, dtype)
     z = (w0 & 0x60306030) | (_rotate_right(w1, 30) & 0x9FCF9FCF)
     return (
         _register(w0, f0, dtype),
@@ -111,8 +117,7 @@ def _decode_plain(words, scales, dtype: tl.constexpr):
 @triton.jit
 def _halves(register, dtype: tl.constexpr):
     """A 32-bit register as the pair of values that it holds, [..., 2]; it stays where it is."""
-    low = (register & 0xFFFF).to(tl.uint16).to(dtype, bitcast=True)
-    high = (register >> 16).to(tl.uint16).to(dtype, bitcast=True)
+    low, high = _parted(register, dtype)
     return tl.join(low, high)
 
 

@@ -30,7 +30,6 @@ class TileConfig:
     num_warps: int
     num_stages: int
     at_once: int = 1
-    registers: int | None = None
     prefetched: int = 512
 
     @property
@@ -46,7 +45,7 @@ class TileConfig:
 
     def meta(self) -> dict[str, int]:
         """The keyword arguments of a launch."""
-        meta = {
+        return {
             "ROWS": self.rows,
             "SMALLEST": self.smallest,
             "BODIES": self.bodies,
@@ -55,7 +54,6 @@ class TileConfig:
             "AT_ONCE": self.at_once,
             "num_warps": self.num_warps,
         }
-        return meta if self.registers is None else {**meta, "maxnreg": self.registers}
 
 
 @cache

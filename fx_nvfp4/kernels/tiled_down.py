@@ -8,9 +8,9 @@ from torch import Tensor
 
 from .launch import wait_for_inputs
 from .tile_config import TileConfig
-from .tiled import FACTOR, prefetch, product, scaled
+from .tiled import prefetch, product, scaled
 from .tiled_operands import Routing, Rows, TiledOperand, constants, stride
-from .tiled_work import find_tile, find_work, row_scale, slots_of_tile
+from .tiled_work import find_tile, find_work, first_chunks, is_for, row_scale, slots_of_tile, sum_factor
 
 
 @triton.jit
@@ -96,21 +96,18 @@ def tiled_down_kernel(
         wait_for_inputs(PDL)
         return
     own = part * (ROWS // 16) + tl.arange(0, ROWS // 16)
-    words = words_ptr + (expert * stride_we + own * (K * 2))
-    scales = scales_ptr + (expert * (stride_we // 4) + own * (K // 2))
+    words, scales = first_chunks(words_ptr, scales_ptr, expert, own, stride_we, K)
     if PDL:
         if PREFETCHED:
             prefetch(words, PREFETCHED)
         wait_for_inputs(PDL)
-    factor = FACTOR
-    if in_scale_ptr is not None:
-        factor *= tl.load(in_scale_ptr + expert * stride_ie).to(tl.float32)
+    factor = sum_factor(in_scale_ptr, expert, stride_ie)
     global_scale_ptr += expert * stride_ge
     if bias_ptr is not None:
         bias_ptr += expert * stride_be
     output = part * ROWS + tl.arange(0, ROWS)
     for body in tl.static_range(BODIES):
-        if (count <= SMALLEST << body) & (count > (SMALLEST << body) // 2 * min(body, 1)):
+        if is_for(count, SMALLEST << body, SMALLEST):
             down_tile(
                 slots_ptr,
                 tile,

@@ -15,9 +15,9 @@ from .entry import permuted
 from .launch import wait_for_inputs
 from .operands import require
 from .tile_config import TileConfig
-from .tiled import FACTOR, leave, prefetch, product, scaled
+from .tiled import leave, prefetch, product, scaled
 from .tiled_operands import Routing, Rows, TiledOperand, constants, stride
-from .tiled_work import distance, find_tile, find_work, row_scale, slots_of_tile
+from .tiled_work import distance, find_tile, find_work, first_chunks, is_for, row_scale, slots_of_tile, sum_factor
 
 
 @triton.jit
@@ -133,7 +133,7 @@ def tiled_up_kernel(
 ):
     """out[slot, :N] = ACTIVATION(gate, up) of x's row slot // slots_per_row.
 
-    in_scale is the float64 activation scale of x by expert, out_scale that with which h is rounded, or None. Gate rows
+    in_scale is the float64 activation scale of x by expert, h_scale that with which h is rounded, or None. Gate rows
     are the first half of a tile's, or in turn with up's where the weight holds them so (INTERLEAVED, then
     gate_words is not read). DIRECT: every slot is a tile of its own, and table holds ids, maybe of the last kernel.
     """
@@ -152,8 +152,7 @@ def tiled_up_kernel(
     weight_tiles = N // 8 if INTERLEAVED else N // 16
     if HALVES:
         own = part * (R // 2) + row_tile % (R // 2)
-    words = words_ptr + (expert * stride_we + own * (K * 2))
-    scales = scales_ptr + (expert * (stride_we // 4) + own * (K // 2))
+    words, scales = first_chunks(words_ptr, scales_ptr, expert, own, stride_we, K)
     if HALVES:
         words += tl.where(row_tile < R // 2, distance(gate_words_ptr, words_ptr, 4), 0)
         scales += tl.where(row_tile < R // 2, distance(gate_scales_ptr, scales_ptr, 2), 0)
@@ -161,9 +160,7 @@ def tiled_up_kernel(
         if PREFETCHED:
             prefetch(words, PREFETCHED)
         wait_for_inputs(PDL)
-    factor = FACTOR
-    if in_scale_ptr is not None:
-        factor *= tl.load(in_scale_ptr + expert * stride_ie).to(tl.float32)
+    factor = sum_factor(in_scale_ptr, expert, stride_ie)
     if h_scale_ptr is not None:
         h_scale_ptr += expert * stride_he
     global_scale_ptr += expert * stride_ge
@@ -176,7 +173,7 @@ def tiled_up_kernel(
     OUTPUTS: tl.constexpr = ROWS // 2 if GATED else ROWS
     output = part * OUTPUTS + tl.arange(0, OUTPUTS)
     for body in tl.static_range(BODIES):
-        if (count <= SMALLEST << body) & (count > (SMALLEST << body) // 2 * min(body, 1)):
+        if is_for(count, SMALLEST << body, SMALLEST):
             up_tile(
                 slots_ptr,
                 tile,

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from .tile_table import HEADER
+from .tiled import FACTOR
 
 
 @triton.jit
@@ -35,6 +36,29 @@ def slots_of_tile(slots_ptr, tile, count, TOKENS: tl.constexpr, DIRECT: tl.const
     mask = place < count
     slots = tile + place if DIRECT else tl.load(slots_ptr + place, mask=mask, other=0)
     return slots.to(tl.int64), mask
+
+
+@triton.jit
+def is_for(count, TOKENS: tl.constexpr, SMALLEST: tl.constexpr):
+    """Whether the loop for TOKENS tokens is the smallest that holds so many."""
+    return (count <= TOKENS) & (count > TOKENS // 2 * (TOKENS > SMALLEST))
+
+
+@triton.jit
+def first_chunks(words_ptr, scales_ptr, expert, row_tile, stride_we, K):
+    """Where words and scales of an expert's tiles of rows begin."""
+    return words_ptr + (expert * stride_we + row_tile * (K * 2)), scales_ptr + (
+        expert * (stride_we // 4) + row_tile * (K // 2)
+    )
+
+
+@triton.jit
+def sum_factor(in_scale_ptr, expert, stride_ie):
+    """float32, what the sum lacks besides its row's scale: decoding's factor, and the activation scale if any."""
+    factor = FACTOR
+    if in_scale_ptr is not None:
+        factor *= tl.load(in_scale_ptr + expert * stride_ie).to(tl.float32)
+    return factor
 
 
 @triton.jit
