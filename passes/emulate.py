@@ -138,7 +138,9 @@ def _moe_matches(node: Node, names: Mapping[Node, str]) -> list[Match]:
             where=where(node),
             weight=origin(codes, names),
             op="moe",
-            **dict(zip(("experts", "n", "k"), weight_shape(codes), strict=True)),
+            experts=experts,
+            n=n,
+            k=k,
             x=left,
             dtype=str(x.dtype).removeprefix("torch."),
             activations=_format(mode, scale, a.dialect),
@@ -147,6 +149,7 @@ def _moe_matches(node: Node, names: Mapping[Node, str]) -> list[Match]:
             device=x.device.type,
         )
         for codes, left, mode, scale in given
+        for experts, n, k in (weight_shape(codes),)
     ]
 
 
