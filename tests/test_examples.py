@@ -49,6 +49,25 @@ def test_quantize_model_compiles_to_eager_and_loads_what_it_saved(tmp_path):
 
 
 @pytest.mark.slow
+def test_tune_kernel_runs_the_kernels_of_the_dump_as_they_are_and_changed(tmp_path):
+    output = run("tune_kernel.py", tmp_path, "--folder", tmp_path / "dump")
+    assert re.search(r"fx_nvfp4_kernels: README.txt kernels run.py$", output, re.MULTILINE)
+    chosen, *changed = re.findall(r"^(?:as the library chooses|CONFIG = .*): (.*)$", output, re.MULTILINE)
+    assert changed
+    assert all(re.match(r"\d+ tokens relative error \S+ ", line) for line in (chosen, *changed))
+    assert "half the factor of the sum: no good: AssertionError: relative error" in output
+    dump = next((tmp_path / "dump").rglob("fx_nvfp4_kernels"))
+    assert "\nCONFIG = None\n" in (dump / "run.py").read_text()
+    assert "tl.constexpr(128.0)" in (dump / "kernels" / "tiled.py").read_text()
+
+
+def test_every_example_is_run():
+    """Or nobody notices that one no longer does."""
+    text = Path(__file__).read_text()
+    assert [e.name for e in EXAMPLES.glob("*.py") if f'run("{e.name}"' not in text] == []
+
+
+@pytest.mark.slow
 def test_lora_learns_and_has_the_gradients_of_the_dequantised_model(tmp_path):
     output = run("lora.py", tmp_path)
     before, after = re.search(r"loss (\S+) before, (\S+) after", output).groups()
