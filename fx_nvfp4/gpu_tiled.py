@@ -103,7 +103,7 @@ def batched(x: Tensor, words: Tensor, scales: Tensor, global_scale: Tensor, act:
     ids = torch.arange(experts, device=x.device).repeat_interleave(rows).unsqueeze(1) if act.needs_experts else table
     entered = _enter(x.reshape(-1, k), act, Slots(ids, ids, experts), None, act.needs_experts, True)
     y = down(entered, TiledOperand(words, scales, global_scale, None), Routing(table, experts * rows), config)
-    return y.view(experts, rows, -1)
+    return y.view(experts, rows, y.shape[-1])
 
 
 def indexed(x: Tensor, words: Tensor, scales: Tensor, global_scale: Tensor, ids: Tensor, act: Activations) -> Tensor:

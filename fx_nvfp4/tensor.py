@@ -305,7 +305,8 @@ def layout_key(weight: Any) -> str:
     names, attributes = weight.__tensor_flatten__()
     parts = [getattr(weight, name) for name in names]
     layout = [(str(t.dtype), tuple(t.shape), t.stride(), str(t.device)) for t in parts]
-    return f"{type(weight).__name__} {tuple(weight.shape)} {names} {layout} {sorted(map(str, attributes.items()))}"
+    shown = f"{tuple(weight.shape)} {weight.requires_grad}"
+    return f"{type(weight).__name__} {shown} {names} {layout} {sorted(map(str, attributes.items()))}"
 
 
 def unsupported(func: Any, weight: NVFP4Weight | None, why: str) -> NotImplementedError:

@@ -1,12 +1,13 @@
 """What torchao's NVFP4Tensor cannot do on this device, done with NVFP4Weight.
 
 torchao keeps every operation that it implements and that runs here: nothing changes on a GPU with FP4 units, nor for
-weight-only products in eager mode. Importing fx_nvfp4 changes three things, the first two of which only raised before:
+weight-only products in eager mode. Importing fx_nvfp4 changes four things, the first two of which only raised before:
 
 - what it lacks: index, stack, split, unbind, expand, einsum, slices of 3-D weights, views in inference mode, ...;
 - products with quantised activations, and grouped products, where the device has no FP4 units;
 - every product while the nvfp4_emu backend traces (:func:`emulated`): this is what emulation means, also on a GPU
-  that needs none, for comparison.
+  that needs none, for comparison;
+- what AOTAutograd's cache keys such a tensor on, where torchao does not say: torch warns that it should.
 
 All of it works on the tensor's own codes; scales that lie in 128 x 4 tiles are laid out linearly at each call.
 """
@@ -25,6 +26,7 @@ from torch.utils._pytree import tree_map_only
 
 from . import dispatch  # noqa: F401  (NVFP4Weight's operations)
 from .lowering import compat
+from .tensor import layout_key
 from .torchao_interop import from_torchao, is_torchao_nvfp4
 
 try:
@@ -157,3 +159,5 @@ if NVFP4Tensor is not None:
     _torchao_dispatch = getattr(_torchao_dispatch, "replaces", _torchao_dispatch)
     __torch_dispatch__.replaces = _torchao_dispatch
     NVFP4Tensor.__torch_dispatch__ = classmethod(__torch_dispatch__)
+    if not hasattr(NVFP4Tensor, "_stable_hash_for_caching"):
+        NVFP4Tensor._stable_hash_for_caching = layout_key

@@ -32,6 +32,7 @@ EXPRESSIONS = [
     "-g / (1.0 + exp(-g)) - u",
     "where(u >= 0.5, pow(u, 3), pow(2, u)) * where(g == 0, 1, -1)",
     "clamp(u, g, 1) + maximum(-2, g) * minimum(u, 1e3)",
+    "clamp(u, 0.5, g)",
     "pow(u, -3.0)",
 ]
 

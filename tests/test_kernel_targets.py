@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import targets_table
+import triton
 
 KB = 1024
 # Shared memory that one block may use. AMD: the LDS of a workgroup.
@@ -17,6 +18,9 @@ SHARED_LIMIT = {
     **{"80": 163 * KB, "86": 99 * KB, "89": 99 * KB, "90": 227 * KB, "100": 227 * KB, "120": 99 * KB},
     **{"gfx90a": 64 * KB, "gfx942": 64 * KB, "gfx950": 160 * KB},
 }
+# (Triton, target, kernel, dtype, rows) -> bytes that this Triton spills there; by 3.9 nothing is spilled.
+SPILLED = {("3.8", "90", "grouped", "bf16", 16): 8}
+TRITON = ".".join(triton.__version__.split(".")[:2])
 KERNELS = {
     *("batched", "grouped", "indexed", "dequantize", "fake_quantize", "input_grad", "split_grad"),
     *("up", "down", "activation", "combine", "count", "place"),
@@ -41,7 +45,7 @@ def check(results: list[dict[str, Any]]) -> None:
         for r in (r for r in results if r["target"] == target):
             assert r["binary"] > 0, r
             assert r["shared"] <= limit, r
-            assert r["spilled"] == 0, r
+            assert r["spilled"] == SPILLED.get((TRITON, target, r["kernel"], r["dtype"], r["rows"]), 0), r
             # float32 inputs keep their mantissa.
             assert not r.get("tf32"), r
             # Triton 3.6 miscompiles these in some loops; config.gemm_config.

@@ -41,7 +41,7 @@ ALLOWED = {
     "views": {"format", "layouts", "parts", "prepack", "regroup", "tensor"},
     "products": {"tensor"},
     "dispatch": {"layouts", "products", "tensor", "views"},
-    "torchao_dispatch": {"dispatch", "lowering", "torchao_interop"},
+    "torchao_dispatch": {"dispatch", "lowering", "tensor", "torchao_interop"},
     "serialize": {"tensor"},
     "fused": {"activation", "tensor"},
     "parameters": set(),

@@ -208,6 +208,26 @@ def test_quantize_weight_only_and_compile_is_all_a_user_does():
     torch.testing.assert_close(got.float(), want, rtol=2**-6, atol=0.05)
 
 
+@torch.no_grad()
+def test_caches_have_a_key_of_torchaos_tensors(tmp_path, monkeypatch):
+    """torch warns of tensor subclasses that give none."""
+    said = []
+    monkeypatch.setattr("torch._functorch._aot_autograd.autograd_cache.warn_once", said.append, raising=False)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    layer = nn.Linear(K, N, bias=False)
+    layer.weight = make((N, K))
+    torch._dynamo.reset()
+    torch.compile(layer, backend="nvfp4_emu", fullgraph=True)(torch.ones(3, K))
+    assert said == []
+
+
+def test_keys_of_caches_tell_layouts_activations_and_gradients_apart():
+    weights = [make(), make((N, K)), make(swizzled=False), make(scale="none"), make(dtype=torch.bfloat16)]
+    weights += [make(mode="static"), make(mode="dynamic"), nn.Parameter(make().detach())]
+    assert len({w._stable_hash_for_caching() for w in weights}) == len(weights)
+    assert make(seed=1)._stable_hash_for_caching() == make(seed=2)._stable_hash_for_caching()
+
+
 def test_quantize_with_calibrated_activations():
     model, x = nn.Sequential(nn.Linear(K, 128), nn.ReLU(), nn.Linear(128, 96)), torch.randn(5, K)
     quantize_(model, NVFP4DynamicActivationNVFP4WeightConfig(use_triton_kernel=False, step="prepare"))

@@ -31,10 +31,20 @@ _GELU_TANH_SLOPE = (
     "0.5 * (1.0 + tanh(0.7978845608028654 * (a + 0.044715 * a * a * a))) + 0.3989422804014327 * a"
     " * (1.0 - pow(tanh(0.7978845608028654 * (a + 0.044715 * a * a * a)), 2.0)) * (1.0 + 0.134145 * a * a)"
 )
+# Where a is at a bound, torch 2.14 gives half of the slope to each; before, a has it all.
 _CLAMP_SLOPES = (
-    "where(a < b, 0.0, where(a > c, 0.0, 1.0))",
-    "where(a < b, where(b < c, 1.0, 0.0), 0.0)",
-    "where(maximum(a, b) > c, 1.0, 0.0)",
+    (
+        "where(b > c, 0.0, where(b == c, where(a == b, 1.0, 0.0), "
+        "where(a < b, 0.0, where(a > c, 0.0, where(a == b, 0.5, where(a == c, 0.5, 1.0))))))",
+        "where(b > c, 0.0, where(a < b, 1.0, where(a == b, where(b == c, 0.0, 0.5), 0.0)))",
+        "where(b > c, 1.0, where(a > c, 1.0, where(a == c, where(b == c, 0.0, 0.5), 0.0)))",
+    )
+    if torch.__version__ >= "2.14"  # compared as versions are
+    else (
+        "where(a < b, 0.0, where(a > c, 0.0, 1.0))",
+        "where(a < b, where(b < c, 1.0, 0.0), 0.0)",
+        "where(maximum(a, b) > c, 1.0, 0.0)",
+    )
 )
 FUNCTIONS = {
     "sigmoid": Function(torch.sigmoid, ("sigmoid(a) * (1.0 - sigmoid(a))",), "tl.sigmoid"),

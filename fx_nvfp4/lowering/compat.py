@@ -1,4 +1,4 @@
-"""The one place that knows torch's private names, and what differs between torch 2.11 and 2.13."""
+"""The one place that knows torch's private names, and what differs between torch 2.11 and 2.14."""
 
 from __future__ import annotations
 

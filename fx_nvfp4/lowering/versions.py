@@ -7,7 +7,7 @@ from operator import attrgetter
 
 import torch
 
-OLDEST, NEWEST = (2, 11), (2, 13)
+OLDEST, NEWEST = (2, 11), (2, 14)
 # module:attribute of what the backend cannot do without; other names that compat.py uses serve debugging.
 NAMES = (
     "torch._inductor.custom_graph_pass:CustomGraphPass",
