@@ -64,7 +64,7 @@ def test_this_torch_is_tested_and_has_every_name():
     assert said(Routed(), codegen=False) == []
 
 
-@pytest.mark.parametrize("version", ["2.11.0", "2.12.1+cu130", "2.13.0"])
+@pytest.mark.parametrize("version", ["2.11.0", "2.12.1+cu130", "2.13.0", "2.14.1+cu130"])
 def test_tested_versions(monkeypatch, version):
     monkeypatch.setattr(torch, "__version__", version)
     assert versions.is_tested()

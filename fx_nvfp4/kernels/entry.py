@@ -13,7 +13,7 @@ from torch import Tensor
 from .config import ENTRY_BLOCK, ENTRY_TOKENS
 from .fake_quantize import round_blocks
 from .fragments import form_of
-from .launch import dependent_launch, wait_for_inputs
+from .launch import dependent_launch, launch, wait_for_inputs
 from .operands import require
 from .routing import load_expert
 
@@ -111,24 +111,25 @@ def enter(
     block = min(ENTRY_BLOCK, triton.next_power_of_2(k))
     # Of few tokens every slot has a program; of many a program reads a row once for all of its slots.
     at_once = per_x if len(x) >= ENTRY_TOKENS else 1
-    with torch.cuda.device_of(x):
-        entry_kernel[(len(out) // at_once * triton.cdiv(k, block),)](
-            x,
-            x.stride(0),
-            None if ids is None else ids.contiguous(),
-            None if weights is None else weights.contiguous(),
-            None if act_scale is None else act_scale.contiguous(),
-            out,
-            per_x,
-            len(out),
-            k,
-            experts,
-            ROWS=at_once,
-            PER_EXPERT=act_scale is not None and act_scale.ndim == 1,
-            PERMUTE=permute,
-            NATIVE=form_of(x) == "sm90",
-            BLOCK=block,
-            num_warps=2 if block <= 512 else 4,
-            **dependent_launch(x),
-        )
+    launch(
+        entry_kernel,
+        len(out) // at_once * triton.cdiv(k, block),
+        x,
+        x.stride(0),
+        None if ids is None else ids.contiguous(),
+        None if weights is None else weights.contiguous(),
+        None if act_scale is None else act_scale.contiguous(),
+        out,
+        per_x,
+        len(out),
+        k,
+        experts,
+        ROWS=at_once,
+        PER_EXPERT=act_scale is not None and act_scale.ndim == 1,
+        PERMUTE=permute,
+        NATIVE=form_of(x) == "sm90",
+        BLOCK=block,
+        num_warps=2 if block <= 512 else 4,
+        **dependent_launch(x),
+    )
     return out

@@ -15,7 +15,7 @@ from torch import Tensor
 from .activation import compile_activation
 from .config import COMBINE_COLUMNS, GemmConfig, gemm_config
 from .grouped import find_tile, row_tiles
-from .launch import dependent_launch, wait_for_inputs
+from .launch import dependent_launch, launch, wait_for_inputs
 from .operands import Weight, check_input, check_out_scale, pack_weight, require
 from .routing import load_expert
 from .tile import output_scale, product_tile, store_tile
@@ -332,19 +332,20 @@ def combine(y: Tensor, ids: Tensor, weights: Tensor | None, experts: int) -> Ten
     if out.numel() == 0:
         return out
     block_n = min(triton.next_power_of_2(y.shape[1]), COMBINE_COLUMNS)
-    with torch.cuda.device_of(y):
-        combine_kernel[(tokens * triton.cdiv(y.shape[1], block_n),)](
-            y,
-            ids.contiguous(),
-            None if weights is None else weights.contiguous(),
-            out,
-            ids.numel(),
-            y.shape[1],
-            experts,
-            A=top,
-            BLOCK_N=block_n,
-            **dependent_launch(y),
-        )
+    launch(
+        combine_kernel,
+        tokens * triton.cdiv(y.shape[1], block_n),
+        y,
+        ids.contiguous(),
+        None if weights is None else weights.contiguous(),
+        out,
+        ids.numel(),
+        y.shape[1],
+        experts,
+        A=top,
+        BLOCK_N=block_n,
+        **dependent_launch(y),
+    )
     return out
 
 

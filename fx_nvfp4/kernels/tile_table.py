@@ -15,11 +15,12 @@ from torch import Tensor
 
 from .config import TABLE_BLOCK, TABLE_BLOCKS_OF_MANY, TABLE_COUNTED, TABLE_SLOTS_AT_ONCE
 from .grouped import row_tiles
-from .launch import dependent_launch, wait_for_inputs
+from .launch import dependent_launch, launch, wait_for_inputs
 from .operands import require
 from .routing import load_expert
 
 HEADER = tl.constexpr(4)
+_TABLE = ("table_ptr",)
 
 
 @triton.jit
@@ -140,8 +141,8 @@ def batches_in_tiles(groups: int, rows: int, tokens: int, device: torch.device) 
     tiles = triton.cdiv(rows, tokens)
     table = torch.empty(groups * tiles, HEADER.value + tokens, dtype=torch.int32, device=device)
     if len(table):
-        with torch.cuda.device_of(table):
-            table_of_batches_kernel[(len(table),)](table, rows, tiles, TOKENS=tokens, **dependent_launch(table))
+        constants = {"TOKENS": tokens, **dependent_launch(table)}
+        launch(table_of_batches_kernel, len(table), table, rows, tiles, writes=_TABLE, **constants)
     return table
 
 
@@ -159,20 +160,12 @@ def sort_into_tiles(ids: Tensor, experts: int, tokens: int) -> Tensor:
         return table
     ids = ids.contiguous()
     constants = {"BLOCK": TABLE_BLOCK, "GROUPS": triton.next_power_of_2(experts + 1), **dependent_launch(ids)}
-    with torch.cuda.device_of(ids):
-        if slots > TABLE_SLOTS_AT_ONCE:
-            _sort_many(ids, table, tiles, experts, tokens, constants)
-            return table
-        table_kernel[(triton.cdiv(slots, TABLE_BLOCK),)](
-            ids,
-            table,
-            slots,
-            tiles,
-            experts,
-            TOKENS=tokens,
-            SLOTS=max(TABLE_BLOCK, triton.next_power_of_2(slots)),
-            **constants,
-        )
+    if slots > TABLE_SLOTS_AT_ONCE:
+        _sort_many(ids, table, tiles, experts, tokens, constants)
+        return table
+    constants |= {"TOKENS": tokens, "SLOTS": max(TABLE_BLOCK, triton.next_power_of_2(slots))}
+    programs = triton.cdiv(slots, TABLE_BLOCK)
+    launch(table_kernel, programs, ids, table, slots, tiles, experts, writes=_TABLE, **constants)
     return table
 
 
@@ -181,7 +174,8 @@ def _sort_many(ids: Tensor, table: Tensor, tiles: int, experts: int, tokens: int
     size = TABLE_COUNTED * triton.cdiv(slots, TABLE_COUNTED * TABLE_BLOCKS_OF_MANY)
     blocks = triton.cdiv(slots, size)
     counts = table.new_empty(blocks, groups)
-    count_blocks_kernel[(blocks,)](ids, counts, slots, size, experts, **{**constants, "BLOCK": TABLE_COUNTED})
-    table_of_counts_kernel[(blocks,)](
-        ids, counts, table, slots, size, tiles, experts, TOKENS=tokens, STEP=max(1, 4096 // groups), **constants
-    )
+    counting = {**constants, "BLOCK": TABLE_COUNTED}
+    launch(count_blocks_kernel, blocks, ids, counts, slots, size, experts, writes=("counts_ptr",), **counting)
+    constants |= {"TOKENS": tokens, "STEP": max(1, 4096 // groups)}
+    arguments = ids, counts, table, slots, size, tiles, experts
+    launch(table_of_counts_kernel, blocks, *arguments, writes=_TABLE, **constants)

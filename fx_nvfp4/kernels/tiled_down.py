@@ -1,12 +1,11 @@
 # mypy: allow-untyped-defs
 """The down product of a routed block on tiled weights, and every product whose rows are in tiles; see tiled_up."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import wait_for_inputs
+from .launch import launch, wait_for_inputs
 from .tile_config import TileConfig
 from .tiled import prefetch, product, scaled
 from .tiled_operands import Routing, Rows, TiledOperand, constants, stride
@@ -151,20 +150,21 @@ def down(rows: Rows, weight: TiledOperand, routing: Routing, config: TileConfig,
     if out.numel() == 0:
         return out
     parts = triton.cdiv(weight.n, config.rows)
-    with torch.cuda.device_of(x):
-        tiled_down_kernel[(len(routing.table) * parts,)](
-            routing.table,
-            out,
-            x,
-            *weight.pointers(),
-            rows.scale,
-            len(routing.table),
-            parts,
-            len(weight.words),
-            weight.n,
-            weight.k,
-            *weight.strides(),
-            stride(rows.scale),
-            **constants(rows, routing, config, bool(weight.n % config.rows or weight.k % config.block_k)),
-        )
+    launch(
+        tiled_down_kernel,
+        len(routing.table) * parts,
+        routing.table,
+        out,
+        x,
+        *weight.pointers(),
+        rows.scale,
+        len(routing.table),
+        parts,
+        len(weight.words),
+        weight.n,
+        weight.k,
+        *weight.strides(),
+        stride(rows.scale),
+        **constants(rows, routing, config, bool(weight.n % config.rows or weight.k % config.block_k)),
+    )
     return out

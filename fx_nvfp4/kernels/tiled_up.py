@@ -5,14 +5,13 @@ One program computes one tile of tokens by ROWS rows of the weight, gate rows an
 compiled for several numbers of tokens, and each tile takes the smallest that holds it.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .activation import compile_activation
 from .entry import permuted
-from .launch import wait_for_inputs
+from .launch import launch, wait_for_inputs
 from .operands import require
 from .tile_config import TileConfig
 from .tiled import leave, prefetch, product, scaled
@@ -244,28 +243,29 @@ def up(
         return out
     outputs = config.rows if gate is None else config.rows // 2
     parts = triton.cdiv(weight.n, outputs)
-    with torch.cuda.device_of(x):
-        tiled_up_kernel[(len(routing.table) * parts,)](
-            routing.table,
-            out,
-            x,
-            *([None] * 4 if gate is None else gate.pointers()),
-            *weight.pointers(),
-            rows.scale,
-            h_scale,
-            len(routing.table),
-            parts,
-            slots_per_row,
-            len(weight.words),
-            weight.n,
-            weight.k,
-            *weight.strides(),
-            stride(rows.scale),
-            stride(h_scale),
-            ACTIVATION=compile_activation(activation),
-            GATED=gate is not None,
-            INTERLEAVED=interleaved,
-            PERMUTE_H=permuted,
-            **constants(rows, routing, config, bool(weight.n % outputs or weight.k % config.block_k)),
-        )
+    launch(
+        tiled_up_kernel,
+        len(routing.table) * parts,
+        routing.table,
+        out,
+        x,
+        *([None] * 4 if gate is None else gate.pointers()),
+        *weight.pointers(),
+        rows.scale,
+        h_scale,
+        len(routing.table),
+        parts,
+        slots_per_row,
+        len(weight.words),
+        weight.n,
+        weight.k,
+        *weight.strides(),
+        stride(rows.scale),
+        stride(h_scale),
+        ACTIVATION=compile_activation(activation),
+        GATED=gate is not None,
+        INTERLEAVED=interleaved,
+        PERMUTE_H=permuted,
+        **constants(rows, routing, config, bool(weight.n % outputs or weight.k % config.block_k)),
+    )
     return out
