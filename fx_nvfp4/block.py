@@ -1,8 +1,9 @@
 """The routed block of a mixture-of-experts layer in plain PyTorch: the truth in tests, and what runs on a CPU.
 
 out[t] = sum over a of weights[t, a] * down(h), h = activation(up(x[t])), each product by expert ids[t, a]. Products are
-rounded to x's dtype, again with their bias, and h is; the activation and the weighted sum are computed in fp32, the
-sum rounded once. A slot is one place of ids, number t * A + a; slots with ids outside 0..E-1 contribute nothing.
+rounded to x's dtype, again with their bias, and h is; the activation and the weighted sum are computed in fp32, the sum
+rounded once, to x's dtype or to the one asked for. A slot is one place of ids, number t * A + a; slots with ids outside
+0..E-1 contribute nothing.
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ class Block:
 
     layout: how up's rows hold gate and up: "concatenated", "interleaved", "separate" (two weights), "plain" (no gate).
     weighted: whether routing weights multiply the "output" or the "input" of the experts.
+    out_dtype: of the result, if not x's.
     """
 
     up: tuple[Projection, ...]
@@ -78,6 +80,7 @@ class Block:
     activation: Expression
     layout: str
     weighted: str
+    out_dtype: torch.dtype | None = None
 
     @property
     def experts(self) -> int:
@@ -130,7 +133,7 @@ class Block:
 
 
 def moe(x: Tensor, ids: Tensor, weights: Tensor, block: Block) -> Tensor:
-    """x [T, K], ids and weights [T, A] -> [T, H] in x's dtype."""
+    """x [T, K], ids and weights [T, A] -> [T, H] in x's dtype, or in the block's out_dtype."""
     slots = x.new_zeros(ids.numel(), block.down.n)
     for e, slot in reference.rows_by_ids(ids.reshape(-1), block.experts):
         rows = block.enter(x[slot // ids.shape[1]], weights.reshape(-1)[slot])
@@ -140,4 +143,5 @@ def moe(x: Tensor, ids: Tensor, weights: Tensor, block: Block) -> Tensor:
     factor = block.inside(ids).float()
     if block.weighted == "output":
         factor = torch.where(block.inside(ids), weights.float(), 0.0)
-    return (slots.view(*ids.shape, slots.shape[1]).float() * factor.unsqueeze(-1)).sum(dim=1).to(x.dtype)
+    total = (slots.view(*ids.shape, slots.shape[1]).float() * factor.unsqueeze(-1)).sum(dim=1)
+    return total.to(block.out_dtype or x.dtype)

@@ -14,14 +14,11 @@ def moe_backward(grad: Tensor, x: Tensor, ids: Tensor, weights: Tensor, block: B
 
     Rounding counts as the identity. Rows are sorted by expert, those of nobody last; the host never waits.
     """
-    key, order = torch.where(block.inside(ids), ids, block.experts).reshape(-1).sort(stable=True)
-    offs = torch.searchsorted(key, torch.arange(block.experts, dtype=key.dtype, device=key.device), right=True)
+    key, order, offs = _sorted(ids, block)
     expert, token = key.clamp(max=block.experts - 1), order // ids.shape[1]
     weight = weights.reshape(-1)[order].float()
 
-    rows = block.enter(x[token], weight)
-    ups = [p.add_bias(ops.grouped(rows, *p.weight, offs, *p.quantisation), expert) for p in block.up]
-    gate, up = block.split(ups)
+    gate, up = block.split(_ups(block.enter(x[token], weight), expert, offs, block))
     h = block.activation.evaluate(gate, up).to(x.dtype)
 
     grad_y = grad[token]
@@ -42,6 +39,28 @@ def moe_backward(grad: Tensor, x: Tensor, ids: Tensor, weights: Tensor, block: B
     grad_x = torch.empty_like(grad_rows).index_copy_(0, order, torch.where(mine.unsqueeze(-1), grad_rows, 0.0))
     grad_weights = torch.empty_like(grad_weight).index_copy_(0, order, torch.where(mine, grad_weight, 0.0))
     return grad_x.view(*ids.shape, x.shape[1]).sum(dim=1).to(x.dtype), grad_weights.view_as(weights).to(weights.dtype)
+
+
+def hidden(x: Tensor, ids: Tensor, weights: Tensor, block: Block) -> Tensor:
+    """The activations between the products, [T, A, I] in x's dtype; zeros for slots of nobody."""
+    key, order, offs = _sorted(ids, block)
+    rows = block.enter(x[order // ids.shape[1]], weights.reshape(-1)[order])
+    ups = _ups(rows, key.clamp(max=block.experts - 1), offs, block)
+    h = block.activation.evaluate(*block.split(ups)).to(x.dtype)
+    h = torch.where((key < block.experts).unsqueeze(-1), h, 0.0)
+    return torch.empty_like(h).index_copy_(0, order, h).view(*ids.shape, h.shape[1])
+
+
+def _sorted(ids: Tensor, block: Block) -> tuple[Tensor, Tensor, Tensor]:
+    """(expert, E for nobody, and number of each slot, sorted by expert; the ends of the experts' slots)."""
+    key, order = torch.where(block.inside(ids), ids, block.experts).reshape(-1).sort(stable=True)
+    offs = torch.searchsorted(key, torch.arange(block.experts, dtype=key.dtype, device=key.device), right=True)
+    return key, order, offs
+
+
+def _ups(rows: Tensor, expert: Tensor, offs: Tensor, block: Block) -> list[Tensor]:
+    """The up products of sorted rows."""
+    return [p.add_bias(ops.grouped(rows, *p.weight, offs, *p.quantisation), expert) for p in block.up]
 
 
 def _by_routing_weight(grad_y: Tensor, grad_h: Tensor, h: Tensor, block: Block, expert: Tensor, offs: Tensor) -> Tensor:

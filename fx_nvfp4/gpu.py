@@ -66,7 +66,7 @@ def grouped(
 
 def moe(x: Tensor, ids: Tensor, weights: Tensor, block: Block) -> Tensor:
     if ids.numel() == 0:
-        return x.new_zeros(x.shape[0], block.down.n)
+        return x.new_zeros(x.shape[0], block.down.n, dtype=block.out_dtype)
     if gpu_tiled.supports(x, block):
         return gpu_tiled.moe(x, ids, weights, block)
     block = block.canonical()
@@ -90,7 +90,8 @@ def moe(x: Tensor, ids: Tensor, weights: Tensor, block: Block) -> Tensor:
         parts = [moe_kernels.up(half, None, order, offs, top, itself) for half in (gate[0], up)]
         h = block.activation.evaluate(*parts).to(x.dtype)
     y = moe_kernels.down(_operand(_enter(h, block.down.act, slot_ids, block.experts), block.down), order, offs)
-    return moe_kernels.combine(y, ids, weights if block.weighted == "output" else None, block.experts)
+    weights_after = weights if block.weighted == "output" else None
+    return moe_kernels.combine(y, ids, weights_after, block.experts, block.out_dtype)
 
 
 def fake_quantize(x: Tensor, scale: Tensor, dialect: str) -> Tensor:

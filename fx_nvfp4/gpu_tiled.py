@@ -44,7 +44,7 @@ class Slots:
 def moe(x: Tensor, ids: Tensor, weights: Tensor, block: Block, configs: TileConfigs | None = None) -> Tensor:
     """As fx_nvfp4.block.moe; x is float16 or bfloat16."""
     if ids.numel() == 0:
-        return x.new_zeros(x.shape[0], block.down.global_scale.shape[1])
+        return x.new_zeros(x.shape[0], block.down.global_scale.shape[1], dtype=block.out_dtype)
     if configs is None:
         configs = tuning.configs_for(
             problem_of(x, ids, block), len(x), target_of(x), x.device, lambda c: moe(x, ids, weights, block, c)
@@ -74,7 +74,8 @@ def moe(x: Tensor, ids: Tensor, weights: Tensor, block: Block, configs: TileConf
         h = block.activation.evaluate(*parts).to(x.dtype)
     inner = Rows(h, permute, h_scale) if fused else _enter(h, down_act, slots.by_itself, None, True, permute)
     y = down(inner, _operand(block.down), routing, configs.down)
-    return moe_kernels.combine(y, ids, weights if block.weighted == "output" else None, block.experts)
+    after = weights if block.weighted == "output" else None
+    return moe_kernels.combine(y, ids, after, block.experts, block.out_dtype)
 
 
 def problem_of(x: Tensor, ids: Tensor, block: Block) -> tuning.Problem:

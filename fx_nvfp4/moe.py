@@ -10,8 +10,9 @@ gate first). ``activation`` is an expression, see :mod:`fx_nvfp4.activation`. Bi
 activation scales float64 [] or [E]. ``weighted`` is "output", or "input" where x is multiplied, and rounded, before
 the up product.
 
-The result [T, H] has x's dtype. So do, rounded, the products, their sums with the bias, and h; the activation and the
-weighted sum are fp32. Dynamic activations take one scale for all rows of an expert in the call.
+Rounded to x's dtype are the products, their sums with the bias, and h; activation and weighted sum are fp32. The result
+[T, H] is that sum, rounded to ``out_dtype``, by default x's dtype. Dynamic activations take one scale for all
+rows of an expert in the call.
 """
 
 from __future__ import annotations
@@ -25,19 +26,22 @@ from . import block as plain
 from . import ops, reference
 from .activation import parse
 from .block import Block, Projection
+from .block_grad import hidden
 from .block_grad import moe_backward as block_backward
 from .layouts import weight_sizes
 from .ops import X_DTYPES, check_activations, check_weight
 from .reference import Activations
 from .routing_checks import check_ids
 
+_OUT_DTYPE = 16  # place among the operands after x, ids and weights
 LAYOUTS = ("concatenated", "interleaved", "separate", "plain")
 _OPERANDS = (
     "Tensor x, Tensor ids, Tensor weights,"
     " Tensor[] up_qdata, Tensor[] up_block_scale, Tensor[] up_global_scale,"
     " Tensor down_qdata, Tensor down_block_scale, Tensor down_global_scale, str activation, str layout,"
     " Tensor[]? up_bias=None, Tensor? down_bias=None, Tensor[]? up_act_scale=None, Tensor? down_act_scale=None,"
-    ' str up_activations="none", str down_activations="none", str dialect="hardware", str weighted="output"'
+    ' str up_activations="none", str down_activations="none", str dialect="hardware", str weighted="output",'
+    " ScalarType? out_dtype=None"
 )
 
 
@@ -61,9 +65,32 @@ def moe_backward(
     return block_backward(grad, x, ids, weights, make_block(*operands, **options))
 
 
+@torch.library.custom_op(
+    "fx_nvfp4::check_finite_block", mutates_args=(), schema=f"({_OPERANDS}, *, str site) -> Tensor"
+)
+def check_finite_block(x: Tensor, ids: Tensor, weights: Tensor, *operands: Any, site: str, **options: Any) -> Tensor:
+    """A copy of x, for the moe op of these operands: for debugging, it computes the activations h once more, and waits.
+
+    Raises:
+        FloatingPointError: x or h, where the block rounds them, holds NaN or an infinity; names the site and the place.
+    """
+    block = make_block(*operands, **options)
+    if any(p.act.mode != "none" for p in block.up):
+        ops.require_finite(x, site)
+    if block.down.act.mode != "none":
+        ops.require_finite(hidden(x, ids, weights, block), f"{site}, between its products (token, slot, column)")
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+@check_finite_block.register_fake
+def _(x: Tensor, *_operands: Any, **_options: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 @moe.register_fake
 def _(x: Tensor, ids: Tensor, weights: Tensor, *operands: Any, **options: Any) -> Tensor:
-    return x.new_empty(x.shape[0], weight_sizes(operands[3])[1])
+    dtype = options.get("out_dtype") or (operands[_OUT_DTYPE] if len(operands) > _OUT_DTYPE else None)
+    return x.new_empty(x.shape[0], weight_sizes(operands[3])[1], dtype=dtype or x.dtype)
 
 
 @moe_backward.register_fake
@@ -88,6 +115,7 @@ def make_block(
     down_activations: str = "none",
     dialect: str = "hardware",
     weighted: str = "output",
+    out_dtype: torch.dtype | None = None,
 ) -> Block:
     """The op's operands sorted; ValueError where lists or names do not fit (shapes: see check_block)."""
     _one_of("layout", layout, LAYOUTS)
@@ -105,6 +133,8 @@ def make_block(
                 f"moe: layout {layout!r} has {count} up weight(s): {name} must have as many tensors"
                 f"{'' if needed else ', or none'}; got {len(tensors or ())}"
             )
+    if out_dtype not in (None, *X_DTYPES):
+        raise ValueError(f"moe: out_dtype must be None, float32, bfloat16 or float16, got {out_dtype}")
     expression = parse(activation)
     if layout == "plain" and "g" in expression.names:
         raise ValueError(f"moe: activation {activation!r} uses the gate g, which layout 'plain' does not have")
@@ -120,7 +150,7 @@ def make_block(
     )
     down_act = Activations(down_activations, down_act_scale, dialect)
     down = Projection(down_qdata, down_block_scale, down_global_scale, down_bias, down_act)
-    return Block(up, down, expression, layout, weighted)
+    return Block(up, down, expression, layout, weighted, out_dtype)
 
 
 def check_block(x: Tensor, ids: Tensor, weights: Tensor, block: Block) -> None:

@@ -202,12 +202,17 @@ def check_finite(x: Tensor, site: str) -> Tensor:
     Raises:
         FloatingPointError: x holds NaN or an infinity; names the site and the first one's place.
     """
+    require_finite(x, site)
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def require_finite(x: Tensor, site: str) -> None:
+    """Raise FloatingPointError where x holds NaN or an infinity."""
     odd = (~x.isfinite()).nonzero()
     if len(odd):
         place = odd[0].tolist()
         value = x[tuple(place)].item()
         raise FloatingPointError(f"{site}: {len(odd)} activations are not finite, the first is {value} at {place}")
-    return x.clone(memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op(

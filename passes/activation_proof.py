@@ -14,7 +14,7 @@ from torch.fx import Node
 from fx_nvfp4.dialects import DIALECTS, E2M1_MAX, E4M3_MAX
 from fx_nvfp4.format import BLOCK, fake_quantize
 
-from .activation_worlds import Worlds, finite, not_finite
+from .activation_worlds import Worlds, around, finite, not_finite
 from .coords import Coords, unravel
 from .nodes import elements, flat_index, shape_of
 from .sample import Sampler, Unsupported
@@ -57,22 +57,27 @@ class Rule:
     special: bool
 
 
-def rule_of(cut: Cut, factors: tuple[float, ...], constants: Mapping[Node, Tensor]) -> Rule | None:
+def rule_of(
+    cut: Cut, factors: tuple[float, ...], thresholds: tuple[float, ...], constants: Mapping[Node, Tensor]
+) -> Rule | None:
     """The rule that gives the same bits as the graph in every boundary case, or None.
 
     Args:
         factors: without a scale, the numbers that may stand for one.
+        thresholds: numbers that the graph compares something with.
         constants: known values of small tables.
     """
     ops: tuple[Op, ...] = ("divide", "multiply") if cut.scale is not None else ("multiply",)
     with unset_fake_temporarily():
-        found = (_matching(cut, op, factor, constants) for op in ops for factor in factors)
+        found = (_matching(cut, op, factor, thresholds, constants) for op in ops for factor in factors)
         return next((rule for rule in found if rule is not None), None)
 
 
-def _matching(cut: Cut, op: Op, factor: float, constants: Mapping[Node, Tensor]) -> Rule | None:
+def _matching(
+    cut: Cut, op: Op, factor: float, thresholds: tuple[float, ...], constants: Mapping[Node, Tensor]
+) -> Rule | None:
     try:
-        worlds, x, exact, got = _evaluate(cut, _finite(cut, factor), op, constants)
+        worlds, x, exact, got = _evaluate(cut, _finite(cut, factor) + _around(cut, factor, thresholds), op, constants)
         odd = _evaluate(cut, _not_finite(cut, factor), op, constants)
     except (Unsupported, RuntimeError):
         return None
@@ -98,6 +103,11 @@ def _finite(cut: Cut, factor: float) -> Worlds:
         return worlds
     one = worlds.where(worlds.scales == 1.0)
     return Worlds(one.blocks * factor, one.scales * factor)
+
+
+def _around(cut: Cut, factor: float, thresholds: tuple[float, ...]) -> Worlds:
+    worlds = around(thresholds)
+    return worlds if cut.scale is not None else Worlds(worlds.blocks, torch.full_like(worlds.scales, factor))
 
 
 def _not_finite(cut: Cut, factor: float) -> Worlds:
@@ -140,13 +150,13 @@ def _evaluate(
 
 
 def _as_given(cut: Cut, worlds: Worlds, op: Op) -> tuple[Tensor, Tensor, Tensor]:
-    """x in its dtype, the scale in its own, and the multiplier that it stands for."""
-    x = worlds.blocks.to(cut.x.meta["val"].dtype)
+    """x in its dtype, the scale in its own, and the multiplier that it stands for, to which ties in x are relative."""
+    dtype = cut.x.meta["val"].dtype
     if cut.scale is None:
-        return x, worlds.scales, worlds.scales
+        return worlds.blocks.to(dtype), worlds.scales, worlds.scales
     scale = (1 / worlds.scales if op == "divide" else worlds.scales).to(cut.scale.meta["val"].dtype)
-    exact = scale.double()
-    return x, scale, 1 / exact if op == "divide" else exact
+    exact = 1 / scale.double() if op == "divide" else scale.double()
+    return (worlds.blocks * (exact / worlds.scales)[:, None]).to(dtype), scale, exact
 
 
 def _values(cut: Cut, x: Tensor, exact: Tensor, dialect: str, dtype: torch.dtype, positions: Tensor) -> Tensor:

@@ -27,10 +27,12 @@ _ADVICE = "see fx_nvfp4.dialects for the rules; until then they enter as the gra
 
 @dataclass
 class Sites:
-    """sources: what decided each op's activations, "" where they are not quantised; notes, and refusals of near misses;
-    tables: constants whose values were relied on; packed: operands that are dequantised from codes."""
+    """sources: what decided each op's activations, "" where they are not quantised; apart: what rounds them before the
+    op; notes, and refusals of near misses; tables: constants whose values were relied on; packed: operands that are
+    dequantised from codes."""
 
     sources: dict[Node, str] = field(default_factory=dict)
+    apart: dict[Node, str] = field(default_factory=dict)
     notes: dict[Node, tuple[str, ...]] = field(default_factory=dict)
     refused: list[Refusal] = field(default_factory=list)
     tables: set[Node] = field(default_factory=set)
@@ -39,7 +41,8 @@ class Sites:
     def decided(self, op: Node, match: Match) -> Match:
         """The record of an op, with what decided its activations."""
         notes = (*match.notes, *self.notes.get(op, ()))
-        return replace(match, activations_from=self.sources.get(op, ""), notes=notes)
+        activations = self.apart.get(op) or match.activations
+        return replace(match, activations=activations, activations_from=self.sources.get(op, ""), notes=notes)
 
 
 def settle_activations(
@@ -65,7 +68,7 @@ def settle_activations(
             continue
         if isinstance(found, Spelled):
             done = quantise(graph, op, found, settings.as_written)
-            sites.sources[op], sites.notes[op] = done.how, done.notes
+            sites.sources[op], sites.notes[op], sites.apart[op] = done.how, done.notes, done.apart
             sites.tables.update(found.tables)
         elif isinstance(found, NearMiss):
             _refuse(sites, op, _NONE_OF, _ADVICE)

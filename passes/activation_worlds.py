@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -25,6 +26,9 @@ class Worlds:
 
     def where(self, keep: Tensor) -> Worlds:
         return Worlds(self.blocks[keep], self.scales[keep])
+
+    def __add__(self, others: Worlds) -> Worlds:
+        return Worlds(torch.cat((self.blocks, others.blocks)), torch.cat((self.scales, others.scales)))
 
     def positions(self) -> Tensor:
         """[B, P] which elements of each block are looked at: not the same in all."""
@@ -51,6 +55,24 @@ def finite() -> Worlds:
         blocks += [_noise(scale, generator), _zeros()]
         scales.append(torch.full((2 * len(wanted) + len(blocks[-2]) + len(blocks[-1]),), scale, dtype=torch.float64))
     return Worlds(torch.cat(blocks), torch.cat(scales))
+
+
+@lru_cache(maxsize=8)
+def around(numbers: tuple[float, ...]) -> Worlds:
+    """Blocks that hold numbers which the program compares with, and what is next to them, and those of which they are
+    the maximum, or the block scale with the global scale or without."""
+    generator = torch.Generator().manual_seed(18)
+    near = torch.tensor([1.0, -1.0, 1 - 2.0**-7, 1 + 2.0**-7], dtype=torch.float64).repeat(BLOCK // 8)
+    blocks, scales = [torch.zeros(0, BLOCK, dtype=torch.float64)], [torch.zeros(0, dtype=torch.float64)]
+    for number, scale in itertools.product(numbers, SCALES[::3]):
+        largest = number * torch.tensor([1.0, 5.0, 6.0, 6 * scale], dtype=torch.float64)[:, None]
+        some = (torch.rand(len(largest), BLOCK, generator=generator, dtype=torch.float64) * 2 - 1) * largest
+        some[:, ::2] = torch.where(largest >= number, number * near.roll(len(blocks)), some[:, ::2])
+        some[:, 1] = largest[:, 0]
+        blocks.append(some.roll(len(blocks) * 5, 1))
+        scales.append(torch.full((len(some),), scale, dtype=torch.float64))
+    found = Worlds(torch.cat(blocks), torch.cat(scales))
+    return found.where(found.blocks.abs().amax(1) < torch.finfo(torch.float16).max)
 
 
 @lru_cache(maxsize=1)

@@ -20,13 +20,15 @@ from fx_nvfp4.format import BLOCK
 from .activation_proof import Cut, Per, Rule, rule_of
 from .cone import BYTES, Cone, structure
 from .experts import fingerprint
-from .nodes import CASTS, arguments, renamed, same_size
+from .nodes import CASTS, arguments, elements, fix, fixed, hint, is_float, renamed, same_size
 from .sample import inputs_of, is_supported, is_tensor
 
 aten = torch.ops.aten
 
 _MAX_NODES = 200
 _MAX_CUTS = 8  # scales to try for one stretch
+_MAX_THRESHOLDS = 24
+_LARGEST_BLOCK = 128  # elements that share a scale
 _LARGEST = {aten.amax.default, aten.max.dim, aten.aminmax.default}
 _VIEWS = {
     *(aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.unsqueeze.default),
@@ -46,6 +48,13 @@ _ROUNDING = {
     *(aten.round, aten.floor, aten.ceil, aten.trunc, aten.bucketize, aten.searchsorted, aten.argmin),
     *(aten.gt, aten.ge, aten.lt, aten.le),
 }
+_STEPS = {aten.gt, aten.ge, aten.lt, aten.le}
+_MANY_STEPS = 5  # no activation function has so many
+_COMPARISONS = {
+    *(*_STEPS, aten.eq, aten.ne, aten.clamp, aten.clamp_min, aten.clamp_max, aten.minimum, aten.maximum),
+}
+_TO_GRID = {aten.round, aten.bucketize}
+_NARROW = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu, torch.int8)
 _GRIDS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu, torch.int8, torch.uint8)
 
 
@@ -81,7 +90,8 @@ class Quantisers:
         """What quantises an operand, if it is anything but leaves, products and the like."""
         nodes = list(_above(operand))
         if not any(map(_takes_largest, nodes)):
-            return None
+            return NearMiss(operand) if _is_rounded(operand, nodes) else None
+        _fix_columns(operand, nodes)
         key = structure(nodes), tuple(fingerprint(self._constants.get(n)) for n in nodes)
         if key not in self._known:
             self._known[key] = nodes, self._recognise(operand, nodes)
@@ -97,11 +107,12 @@ class Quantisers:
                 if not inside.issuperset(region):
                     continue
                 near |= any(map(_rounds, region))
+                thresholds = _thresholds(region)
                 for cut in self._cuts(x, out, region):
-                    if rule := rule_of(cut, _factors(cut, region), self._constants):
+                    if rule := rule_of(cut, _factors(cut, region), thresholds, self._constants):
                         tables = [n for n in _above(out, {x, cut.scale}) if n in self._constants]
                         return Spelled(cut, rule, moves, tuple(tables))
-        return NearMiss(operand) if near else None
+        return NearMiss(operand) if near or _is_rounded(operand, nodes) else None
 
     def _cuts(self, x: Node, out: Node, region: list[Node]) -> Iterator[Cut]:
         """Ways to see a stretch as a function of x and one scale, or of x alone."""
@@ -116,6 +127,15 @@ class Quantisers:
         """Whether out is computed from nothing else."""
         ends = [n for n in _above(out, {x, scale}) if not is_supported(n) and n is not scale and n is not x]
         return len(ends) == sum(n in self._constants for n in ends)
+
+
+def _fix_columns(operand: Node, nodes: list[Node]) -> None:
+    """Under dynamic=True the columns of x are a symbol, but a product with a packed weight takes one number of them."""
+    columns = hint(operand.meta["val"].shape[-1])
+    for node in nodes:
+        sizes = node.meta["val"].shape if is_tensor(node) and not is_supported(node) else ()
+        if len(sizes) > 1 and hint(sizes[-1]) == columns:
+            fix(sizes[-1])
 
 
 def _above(node: Node, stop: Container[Node | None] = ()) -> dict[Node, None]:
@@ -185,7 +205,8 @@ def is_view(move: Node) -> bool:
 def _alike(x: Node, out: Node) -> bool:
     a, b = x.meta["val"], out.meta["val"]
     floats = all(t.is_floating_point() and t.dtype.itemsize > 1 for t in (a, b))
-    blocks = a.dim() > 0 and isinstance(a.shape[-1], int) and a.shape[-1] % BLOCK == 0
+    columns = fixed(a.shape[-1]) if a.dim() else None
+    blocks = columns is not None and columns % BLOCK == 0
     return floats and blocks and a.dim() == b.dim() and all(map(same_size, a.shape, b.shape))
 
 
@@ -208,6 +229,35 @@ def _factors(cut: Cut, region: list[Node]) -> tuple[float, ...]:
         return (1.0,)
     numbers = [f for f in Cone(cut.out, tuple(region), frozenset()).factors() if f > 0]
     return tuple(dict.fromkeys((1.0, *numbers, *(1 / f for f in numbers))))
+
+
+def _thresholds(region: list[Node]) -> tuple[float, ...]:
+    """Numbers written in the program that something is compared with, or limited to."""
+    found: dict[float, None] = {}
+    for node in region:
+        if getattr(node.target, "overloadpacket", None) not in _COMPARISONS:
+            continue
+        for arg in (*node.args, *node.kwargs.values()):
+            if isinstance(arg, Node) and arg.target is aten.full.default:
+                arg = arg.args[1]
+            if isinstance(arg, (int, float)) and math.isfinite(arg) and arg != 0:
+                found[abs(float(arg))] = None
+    return tuple(found)[:_MAX_THRESHOLDS]
+
+
+def _is_rounded(operand: Node, nodes: list[Node]) -> bool:
+    """Whether elements of an operand, or a number for few of them each, are rounded to a grid on the way, in whatever
+    way their maximum is found: by an op that rounds, or by many steps."""
+    steps = 0
+    for node in nodes:
+        packet = getattr(node.target, "overloadpacket", None)
+        source = node.args[0] if node.args else None
+        if not is_float(source) or elements(source) * _LARGEST_BLOCK < elements(operand):  # type: ignore[arg-type]
+            continue
+        if packet in _TO_GRID or (node.target in CASTS and node.meta["val"].dtype in _NARROW):
+            return True
+        steps += packet in _STEPS and isinstance(node.args[1], (int, float))
+    return steps >= _MANY_STEPS
 
 
 def _rounds(node: Node) -> bool:

@@ -83,18 +83,18 @@ def emulate(
         refused += activations.refused
         known |= activations.packed
         tables.update(t for t in activations.tables if t.op == "placeholder")
-        notes = [*as_written, *adjust_products(graph, settings)]
         graph.eliminate_dead_code()
         graph.lint()
     called = [n for n in graph.nodes if n.target is _MOE]  # by the model itself, as fx_nvfp4.prepare makes it do
     matches = {n: _match(n, names, *sources.get(n, _AS_IT_IS)) for n in graph.nodes if n.target in _OPS}
     blocks = []
-    if settings.lift and not (settings.out_dtype or settings.check_finite):
+    if settings.lift:
         with cost.stage("lift"):
             lifted = lift_blocks(graph, names)
         blocks = lifted.entries
         matches.update({n: replace(matches[n], op="moe") for n in lifted.products})
-    notes += [*share_all_scales(graph, settings), *notes_on_unpacked(graph)]
+    notes = [*as_written, *share_all_scales(graph, settings), *adjust_products(graph, settings)]
+    notes += notes_on_unpacked(graph)
     blocks_of_model = {n: _moe_matches(n, names) for n in called}
     decided = activations.decided
     matched = [decided(n, m) for n, m in matches.items()]

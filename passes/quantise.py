@@ -33,10 +33,14 @@ TWICE = "the model quantises these activations itself, so that the scale of the 
 
 @dataclass(frozen=True)
 class Quantised:
-    """What became of a spelled quantiser: which way it went, and what a user may want to know."""
+    """What became of a spelled quantiser: which way it went, and what a user may want to know.
+
+    apart: what it is, where an op or the graph rounds before the product, whose own arguments do not say so.
+    """
 
     how: str
     notes: tuple[str, ...]
+    apart: str = ""
 
 
 def quantise(graph: fx.Graph, op: Node, found: Spelled, as_written: bool) -> Quantised:
@@ -47,9 +51,15 @@ def quantise(graph: fx.Graph, op: Node, found: Spelled, as_written: bool) -> Qua
         _absorb(graph, op, found)
         return Quantised("spelled", (*notes, *_differences(found)))
     if as_written and not (found.rule.signs and found.rule.special):
-        return Quantised("spelled, as written", notes)
+        return Quantised("spelled, as written", notes, _describe(found))
     _replace(graph, found)
-    return Quantised("spelled, as written" if as_written else "spelled", (*notes, *_differences(found)))
+    how = "spelled, as written" if as_written else "spelled"
+    return Quantised(how, (*notes, *_differences(found)), _describe(found))
+
+
+def _describe(found: Spelled) -> str:
+    per = "" if found.cut.per == "tensor" else f" per-{found.cut.per}"
+    return f"W4A4 {'dynamic' if found.cut.computed else 'static'}{per}, {found.rule.dialect} rule"
 
 
 def _differences(found: Spelled) -> tuple[str, ...]:

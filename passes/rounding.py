@@ -1,7 +1,7 @@
-"""Whether a block rounds wherever the moe op does: products, their sums with a bias, and the result, to one dtype.
+"""Whether a block rounds wherever the moe op does: products, and their sums with a bias, to one dtype; then the result.
 
 Before:  bf16 products -> float32 sum over the slots -> cast to bf16
-After:   the op, whose result is bf16; refused where the float32 sum is used as it is
+After:   the op, whose result is bf16, or float32 where the sum is used as it is
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch.fx import Node
 
 from .block import Candidate
+from .emitter import CannotRewriteError
 from .found import Almost, Refused
 from .nodes import CASTS, is_size, is_tensor
 from .sample import MOVES
@@ -31,16 +32,15 @@ def check_inside(c: Candidate, tokens: frozenset[Node], biases: Iterable[Node]) 
             )
 
 
-def check_result(c: Candidate) -> None:
-    """Raise `Refused` if the result has digits that the products' dtype lacks, and someone reads them."""
-    x = c.units[0].ups[0].x
-    result, dtype = c.out.meta["val"].dtype, x.meta["val"].dtype
+def result_dtype(c: Candidate) -> torch.dtype | None:
+    """What the op is to round its result to, if that is read with digits that the products' dtype lacks."""
+    result, dtype = c.out.meta["val"].dtype, c.units[0].ups[0].x.meta["val"].dtype
     if torch.promote_types(result, dtype) == dtype or _is_rounded(c.out, dtype):
-        return
-    raise Almost(
-        f"the sum over the slots is {_name(c.out)} and used as such, of products in {_name(x)}",
-        f"cast the sum to {_name(x)} where it ends",
-    )
+        return None
+    wide = torch.promote_types(result, dtype)
+    if wide == torch.float64:
+        raise CannotRewriteError("the sum over the slots is float64 and used as such", "sum in float32, as the op does")
+    return wide
 
 
 def _is_rounded(node: Node, dtype: torch.dtype) -> bool:

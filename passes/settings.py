@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 from torch.fx import Node
 
+from .activations import is_view
 from .emitter import Emitter
-from .nodes import arguments, put_arguments
+from .nodes import arguments, is_size, put_arguments
 from .place import where
 from .quantise import mode_of, set_activations
 
@@ -27,7 +29,7 @@ class Settings:
     activations: where the model does not quantise them itself: "checkpoint", as the packed tensor says; "nvfp4", also
         those of weight-only weights, dynamically; "none", not at all.
     as_written: leave a site alone whose own formula rounds earlier than our op would.
-    out_dtype: what products are rounded to, instead of the graph's dtype.
+    out_dtype: what products, or whole blocks, are rounded to, instead of the graph's dtype.
     shared_scales: "vllm": one activation scale for all experts, and gate's weight scale for up too.
     check_finite: raise where activations that are quantised are NaN or infinite.
     """
@@ -69,13 +71,16 @@ def _set_all(op: Node, mode: str) -> None:
 
 
 def adjust_products(graph: fx.Graph, settings: Settings) -> list[str]:
-    """Apply what concerns products one by one; notes on what was left out."""
+    """Apply what concerns products and blocks one by one, blocks lifted; notes on what was left out."""
     notes: dict[str, None] = {}
     for op in [n for n in graph.nodes if n.target in (*PRODUCTS, _MOE)]:
         if settings.check_finite and _quantises(op):
             _check_finite(graph, op)
         if settings.out_dtype is not None and (why := _cast_result(graph, op, settings.out_dtype)):
             notes[f"{where(op)}: out_dtype={settings.out_dtype} is left out: {why}"] = None
+    if notes or settings.check_finite or settings.out_dtype is not None:
+        graph.eliminate_dead_code()
+        graph.lint()
     return list(notes)
 
 
@@ -83,7 +88,10 @@ def _check_finite(graph: fx.Graph, op: Node) -> None:
     """Look at an op's activations before it rounds them, which turns NaN into 6."""
     emit = Emitter(graph, op)
     with graph.inserting_before(op):
-        x = emit(nvfp4.check_finite.default, op.args[0], where(op))
+        if op.target is _MOE:
+            x = emit(nvfp4.check_finite_block.default, *op.args, **op.kwargs, site=where(op))
+        else:
+            x = emit(nvfp4.check_finite.default, op.args[0], where(op))
     op.args = (x, *op.args[1:])
 
 
@@ -108,21 +116,34 @@ def _cast_result(graph: fx.Graph, op: Node, dtype: torch.dtype) -> str:
 
 def _widen(graph: fx.Graph, op: Node) -> str:
     """Where the graph casts the result at once: the op on activations in fp32, whose sum is not rounded again."""
-    given = arguments(op)
-    if op.target is _MOE:
-        return "a whole block rounds between its products"
-    if not op.users or not all(_is_cast_to_float32(user) for user in op.users):
+    given, readers = arguments(op), list(_readers(op))
+    if not readers or not all(_is_cast_to_float32(node) or is_view(node) for node in readers):
         return f"the graph takes the result as {op.meta['val'].dtype}, not cast to float32"
-    if given.activations != "none" and given.dialect == "compressed-tensors":
+    if op.target is _MOE:
+        op.kwargs = {**op.kwargs, "out_dtype": torch.float32}
+    elif given.activations != "none" and given.dialect == "compressed-tensors":
         return "the compressed-tensors rule rounds by the dtype of the activations"
-    emit = Emitter(graph, op)
-    with graph.inserting_before(op):
-        op.args = (emit.cast(given.x, torch.float32), *op.args[1:])
-    op.meta["val"] = op.meta["val"].float()
-    for cast in list(op.users):
-        cast.replace_all_uses_with(op)
-        graph.erase_node(cast)
+    else:
+        emit = Emitter(graph, op)
+        with graph.inserting_before(op):
+            op.args = (emit.cast(given.x, torch.float32), *op.args[1:])
+    for node in (op, *readers):
+        if _is_cast_to_float32(node):
+            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            graph.erase_node(node)
+        else:
+            node.meta["val"] = node.meta["val"].float()
     return ""
+
+
+def _readers(node: Node) -> Iterator[Node]:
+    """What reads a tensor, itself or by views of it; each before what reads it."""
+    for user in list(node.users):
+        if is_size(user):
+            continue
+        yield user
+        if is_view(user):
+            yield from _readers(user)
 
 
 def _is_cast_to_float32(node: Node) -> bool:

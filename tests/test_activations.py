@@ -145,6 +145,7 @@ def test_a_scale_for_each_token_becomes_one_op(static):
     y, report, targets = run(Quantised(per_row, scale=scale), x)
     assert targets.ours == ["fake_quantize", "linear"]
     assert report.matched[0].activations_from == "spelled"
+    assert report.matched[0].activations == f"W4A4 {'static' if static else 'dynamic'} per-row, torchao rule"
     torch.testing.assert_close(y, Quantised(per_row, scale=scale)(x), rtol=1e-5, atol=1e-5)
 
 
@@ -216,12 +217,45 @@ def test_two_products_of_the_same_rounded_rows_are_both_served():
     torch.testing.assert_close(y[0], y[1])
 
 
-def test_token_counts_may_be_symbols():
-    model = Quantised(q.vllm, scale=50.0)
+def _by_rows(x, s):
+    return q.modelopt(x, (x.abs().amax(-1, keepdim=True).float() / 2688.0)[:, None])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("spelling", "ops", "said"),
+    [
+        (q.vllm, ["linear"], "W4A4 static, vllm rule"),
+        (_by_rows, ["fake_quantize", "linear"], "W4A4 dynamic per-row, modelopt rule"),
+    ],
+)
+def test_token_counts_may_be_symbols(spelling, ops, said, dtype):
+    """All sizes of x are symbols then, its columns among them until the product is known."""
+    model, targets = Quantised(spelling, "static", dtype, scale=50.0), Targets()
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="nvfp4_emu", dynamic=True, options={"codegen": False})
-    for rows in (5, 9, 2):
-        torch.testing.assert_close(compiled(x_of(rows=rows)), model(x_of(rows=rows)), rtol=1e-5, atol=1e-4)
+    options = {"codegen": False, "joint_custom_post_pass": targets}
+    compiled = torch.compile(model, backend="nvfp4_emu", dynamic=True, options=options)
+    plain = Quantised(spelling, "none", dtype, scale=50.0)
+    with collect_reports() as report, torch.no_grad():
+        for rows in (5, 9, 2):
+            y, want = compiled(x_of(dtype, rows)), plain(x_of(dtype, rows))
+            torch.testing.assert_close(y, want, rtol=2**-6, atol=2**-6 * want.abs().max().item())
+    assert targets.ours == ops
+    assert report.graphs == 1
+    assert [m.activations for m in report.matched] == [said]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_zeros_and_rows_that_are_not_finite_keep_to_themselves(dtype):
+    """Under a scale for each row, which is zero, infinite or NaN for these."""
+    x = x_of(dtype, rows=8)
+    x[1], x[3, 5], x[4, 5] = 0, float("nan"), float("inf")
+    y, report, _ = run(Quantised(_by_rows, dtype=dtype), x)
+    want = Quantised(_by_rows, dtype=dtype)(x)
+    good = torch.tensor([0, 2, 5, 6, 7])
+    assert not report.refused
+    torch.testing.assert_close(y[good], want[good], rtol=2**-6, atol=2**-6 * want[good].abs().max().item())
+    assert not y[[3, 4]].isfinite().all(1).any() or any("NaN and infinities" in n for n in report.matched[0].notes)
 
 
 # Near misses
@@ -265,6 +299,19 @@ def _e8m0(x, s):
     return (q.round_by_steps(b / scale) * scale).reshape(x.shape)
 
 
+def _with_largest(x, s, largest):
+    b = q.blocks_of(x)
+    scale = q.e4m3((1.0 / s) * (largest(b.abs()) * (1.0 / 6.0)))
+    inverse = torch.where(scale == 0, 0.0, 1.0 / (scale * s))
+    return (q.round_by_where(b * inverse) * (scale * s)).reshape(x.shape)
+
+
+def _by_halves(b):
+    while b.shape[-1] > 1:
+        b = torch.maximum(*b.chunk(2, -1))
+    return b
+
+
 def _smaller_saturation(x, s):
     b = q.blocks_of(x)
     scale = ((b.abs().amax(-1, keepdim=True) / 6.0) / s).clamp(2.0**-6, 256.0).to(torch.float8_e4m3fn).float()
@@ -281,6 +328,16 @@ NEAR_MISSES = {
     "int8": _int8,
     "fp8": _fp8,
     "scales up to 256": _smaller_saturation,
+    "one number that is kept": lambda x, s: torch.where(x == 0.75, 0.75, q.torchao(x, s)),
+    "large numbers that are kept": lambda x, s: torch.where(x.abs() > 1.5, x, q.torchao(x, s)),
+    "fp8 by a static scale": lambda x, s: q.e4m3(x / s) * s,
+    "int8 by a static scale": lambda x, s: torch.round(x / s).clamp(-128, 127) * s,
+    "codes by a static scale": lambda x, s: q.round_by_where(x / s) * s,
+    "4 or 6 as the largest": lambda x, s: torch.where(x > 0, q.torchao(x, s), q.torchao(x, s * 1.5)),
+    "maxima by topk": lambda x, s: _with_largest(x, s, lambda b: b.topk(1, -1)[0]),
+    "maxima by sort": lambda x, s: _with_largest(x, s, lambda b: b.sort(-1)[0][..., -1:]),
+    "maxima by halves": lambda x, s: _with_largest(x, s, _by_halves),
+    "a 16-bit reciprocal": lambda x, s: q.vllm(x, (1.0 / s).half()),
 }
 
 
@@ -312,6 +369,7 @@ def test_blocks_along_rows_are_not_the_products():
         lambda x, s: nn.functional.normalize(x) * s,
         lambda x, s: x / x.abs().amax(-1, keepdim=True),
         lambda x, s: torch.relu(x) * s,
+        lambda x, s: x.clamp(-1, 1) + nn.functional.hardswish(x) + torch.where(x > 2.5, x, s),
     ],
 )
 def test_what_rounds_nothing_is_no_quantiser(fn):

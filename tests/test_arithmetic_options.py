@@ -6,7 +6,7 @@ Guards: another engine's shared scales only where asked for, NaN hidden by round
 import pytest
 import torch
 from spellings import by_blocks, lookup
-from test_activations import BF16, FP32, Quantised, run, x_of
+from test_activations import BF16, FP16, FP32, Quantised, run, x_of
 from torch import nn
 
 from fx_nvfp4 import NVFP4Weight
@@ -130,10 +130,10 @@ def test_our_own_op_called_by_the_model_is_not_followed_by_another():
 class Routed(nn.Module):
     """Experts whose gate and up scales differ by 8x, and whose input scales differ by 8x from one to the next."""
 
-    def __init__(self, layout):
+    def __init__(self, layout, act_size=1.0):
         super().__init__()
         g = torch.Generator().manual_seed(9)
-        act = torch.tensor([0.001, 0.008, 0.001, 0.008], dtype=torch.float64)
+        act = torch.tensor([0.001, 0.008, 0.001, 0.008], dtype=torch.float64) * act_size
 
         def dense(rows, k, spread):
             return torch.randn(E, rows, k, generator=g) * spread, torch.full((E, rows), 0.002) * spread
@@ -241,6 +241,62 @@ def test_out_dtype_of_16_bits_rounds_once():
     assert torch.equal(y, model(x).bfloat16().float())
 
 
+class Viewed(Quantised):
+    """Tokens in two dims, and a cast behind the view that this takes."""
+
+    def forward(self, x):
+        return super().forward(x.view(2, -1, K)).float()
+
+
+def test_out_dtype_reaches_a_cast_behind_views():
+    model, x = Viewed(unquantised, "static", BF16), x_of(BF16)
+    y, report, targets = run(model, x, out_dtype=FP32)
+    assert targets.ours == ["linear"]
+    assert not torch.equal(y, model(x))
+    assert torch.equal(y.bfloat16(), model(x).bfloat16())
+    assert not report.notes
+
+
+class CastBlock(Routed):
+    """A block in bf16 whose result is cast to fp32 behind a view."""
+
+    def forward(self, x, ids, weights):
+        return self.experts(x, ids, weights).view(1, *x.shape).float()
+
+
+def block_inputs(dtype=FP32, tokens=12):
+    g = torch.Generator().manual_seed(3)
+    ids = torch.randint(0, E, (tokens, 2), generator=g)
+    return torch.randn(tokens, K, generator=g).to(dtype), ids, torch.rand(tokens, 2, generator=g)
+
+
+def test_out_dtype_of_a_block_is_that_of_its_sum():
+    model, inputs = CastBlock("concatenated"), block_inputs(BF16)
+    narrow, _, _ = run(model, *inputs)
+    wide, report, targets = run(model, *inputs, out_dtype=FP32)
+    assert targets.ours == ["moe"]
+    assert not report.notes
+    assert torch.equal(wide.bfloat16().float(), narrow)
+    assert not torch.equal(wide, narrow)
+
+
+@pytest.mark.parametrize("style", ["grouped", "batched"])
+def test_out_dtype_and_check_finite_leave_blocks_one_op(style):
+    from spelled_models import SpelledMoE, tokens
+
+    class Cast(SpelledMoE):
+        def forward(self, x):
+            return super().forward(x).float()
+
+    model, x = Cast(style, BF16), tokens(9, BF16)
+    narrow, _, _ = run(model, x, activations="nvfp4")
+    wide, report, targets = run(model, x, activations="nvfp4", out_dtype=FP32, check_finite=True)
+    assert targets.ours == ["check_finite_block", "moe"]
+    assert [b.lifted for b in report.blocks] == [True]
+    assert torch.equal(wide.bfloat16().float(), narrow)
+    assert not torch.equal(wide, narrow)
+
+
 # Activations that are no numbers
 
 
@@ -253,6 +309,29 @@ def test_check_finite_names_the_site(value):
     assert y.isfinite().all(), "the hardware's conversion hides it"
     with pytest.raises(FloatingPointError, match=r"1 activations are not finite, the first is .* at \[2, 5\]"):
         run(model, x, check_finite=True)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_check_finite_names_a_blocks_site_and_changes_nothing_else(value):
+    model, inputs = Routed("separate"), block_inputs()
+    want, _, _ = run(model, *inputs)
+    got, _, targets = run(model, *inputs, check_finite=True)
+    assert torch.equal(got, want)
+    assert targets.ours == ["check_finite_block", "moe"]
+    inputs[0][4, 5] = value
+    with pytest.raises(FloatingPointError, match=r"1 activations are not finite, the first is .* at \[4, 5\]"):
+        run(model, *inputs, check_finite=True)
+
+
+def test_check_finite_looks_between_the_products_of_a_block():
+    """In fp16 finite activations may become infinite ones, which the second product would round to numbers."""
+    model, (x, ids, weights) = Routed("concatenated", act_size=100.0), block_inputs(FP16)
+    x[7] = 300.0
+    ids[0, 1] = -1  # a slot of nobody holds nothing
+    y, _, _ = run(model, x, ids, weights)
+    assert y.isfinite().all(), "the hardware's conversion hides it"
+    with pytest.raises(FloatingPointError, match=r"between its products .* the first is .* at \[7, 0, \d+\]"):
+        run(model, x, ids, weights, check_finite=True)
 
 
 @pytest.mark.parametrize(

@@ -487,12 +487,22 @@ def test_numbers_that_are_too_large_to_be_passed():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("change", [lambda y, x: y, lambda y, x: y + x, lambda y, x: (y + x.float()).to(x.dtype)])
 def test_sums_in_fp32_that_are_used_in_fp32_are_not_rounded(change, dtype):
-    """The op's result has the products' dtype: what reads the sum's other digits must find them."""
+    """What reads digits of the sum that the products' dtype lacks must find them in the op's result."""
     model, x = Block(lambda m, x, *a: change(wide_sum(m, x, *a), x), dtype=dtype), x_of(dtype=dtype)
-    assert "float32 and used as such" in not_lifted(model, dtype=dtype)
+    lifted(model, dtype=dtype)
     run = torch.compile(model, backend="nvfp4_emu", options={"codegen": False})
     with torch.no_grad():
-        torch.testing.assert_close(run(x), model(x), rtol=0, atol=2**-18)
+        weights, ids = top_k(model, x)
+        parts = [(getattr(model, f"{w}_q"), getattr(model, f"{w}_s"), getattr(model, f"{w}_g")) for w in ("up", "down")]
+        ups, down = [[part] for part in parts[0]], parts[1]
+        sums = ops.moe(x, ids, weights, *ups, *down, "silu(g) * u", "concatenated", out_dtype=torch.float32)
+        assert not torch.equal(sums, sums.to(dtype).float())
+        torch.testing.assert_close(run(x), change(sums, x), rtol=0, atol=1e-6 if change(sums, x).dtype != dtype else 0)
+
+
+def test_sums_in_fp64_stay_apart():
+    body = lambda m, x, *a: indexed(m, x, *a, combine=lambda y, w: (y.double() * w.unsqueeze(-1)).sum(dim=1))  # noqa: E731
+    assert "float64 and used as such" in not_lifted(Block(body))
 
 
 def test_sums_in_fp32_that_are_rounded_right_after_are_lifted():

@@ -182,6 +182,26 @@ def test_activations_are_computed_in_fp32(body, activation, dtype):
     assert ((got.double() - want).abs() <= 4 * torch.finfo(got.dtype).eps * magnitude.amax()).all()
 
 
+@pytest.mark.parametrize("weighted", ["output", "input"])
+@pytest.mark.parametrize("out_dtype", DTYPES.values(), ids=DTYPES.keys())
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_sum_is_rounded_once_to_the_dtype_asked_for(body, dtype, out_dtype, weighted):
+    layer = Layer(weighted=weighted, dtype=DTYPES[dtype], modes=("static", "expert"))
+    operands = layer.operands(body)
+    sums = op(*operands, out_dtype=torch.float32).cpu()
+    got = op(*operands, out_dtype=out_dtype).cpu()
+    assert (sums.dtype, got.dtype) == (torch.float32, out_dtype)
+    assert torch.equal(got, sums.to(out_dtype))
+    assert torch.equal(layer.call(body), sums.to(layer.x.dtype))
+    want, magnitude = layer.expected()
+    assert ((sums.double() - want).abs() <= 1e-6 * magnitude.amax()).all()
+
+
+def test_without_slots_the_result_has_the_dtype_asked_for(body):
+    operands = Layer(dtype=torch.bfloat16, tokens=0).operands(body)
+    assert op(*operands, out_dtype=torch.float32).dtype == torch.float32
+
+
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])
 @pytest.mark.parametrize("modes", [("none", "none"), ("dynamic", "dynamic")])
 def test_ids_out_of_range_contribute_nothing(body, index, modes):
@@ -415,6 +435,9 @@ def test_opcheck(case, device):
     x, ids, weights, *rest = operands
     torch.library.opcheck(op.default, (x.clone().requires_grad_(), ids, weights.clone().requires_grad_(), *rest))
     torch.library.opcheck(torch.ops.fx_nvfp4.moe_backward.default, (op(*operands), *operands))
+    torch.library.opcheck(torch.ops.fx_nvfp4.check_finite_block.default, operands, {"site": "here"})
+    wide = {"out_dtype": torch.float32}
+    torch.library.opcheck(op.default, (x.half().requires_grad_(), ids, weights.clone().requires_grad_(), *rest), wide)
 
 
 def half(parts):
@@ -442,6 +465,7 @@ BAD = {
     "mode": ({16: "int8"}, r"down weight: activations must be one of"),
     "dialect": ({15: "dynamic", 17: "mx"}, r"unknown NVFP4 dialect 'mx'"),
     "weighted": ({18: "both"}, r"weighted must be one of .*, got 'both'"),
+    "out_dtype": ({19: torch.float64}, r"out_dtype must be None, float32, bfloat16 or float16, got torch.float64"),
     "layout": ({10: "stacked"}, r"layout must be one of .*, got 'stacked'"),
     "rows": ({10: "plain", 9: "relu(u)"}, r"layout 'plain' needs 32 rows for the down weight's K = 32, got 64"),
     "activation": ({9: "swish(g) * u"}, r"unknown function 'swish'"),
@@ -456,7 +480,7 @@ def test_operands_that_do_not_fit_are_named(name):
     changes, message = BAD[name]
     operands = list(Layer().operands())
     for i, value in changes.items():
-        operands[i] = value
+        operands[i : i + 1] = [value]
     with pytest.raises(ValueError, match=message):
         op(*operands)
 

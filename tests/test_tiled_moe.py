@@ -156,6 +156,20 @@ def test_gate_and_up_with_activation_scales_of_their_own(device):
     check(dataclasses.replace(block, up=up), x, *routing(6, 2, 4, device))
 
 
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_the_sum_is_rounded_once_to_the_dtype_asked_for(tokens, device):
+    block = make(device=device)
+    x = torch.randn(tokens, 128, device=device).half()
+    ids, weights = routing(tokens, 2, 4, device)
+    narrow, wide = (
+        gpu_tiled.moe(x, ids, weights, tiled_block(dataclasses.replace(block, out_dtype=dtype)))
+        for dtype in (None, torch.float32)
+    )
+    assert wide.dtype == torch.float32
+    assert torch.equal(narrow, wide.half())
+    assert not torch.equal(narrow.float(), wide)
+
+
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_routing_weights_on_the_input(tokens, device):
     block = make(device=device, weighted="input", act=activations(STATIC, "hardware", True, 4, device))

@@ -65,7 +65,7 @@ def grouped(
 
 def moe(x: Tensor, ids: Tensor, weights: Tensor, block: Block) -> Tensor:
     if ids.numel() == 0:
-        return x.new_zeros(x.shape[0], block.down.n)
+        return x.new_zeros(x.shape[0], block.down.n, dtype=block.out_dtype)
     top, slot_ids = ids.shape[1], ids.reshape(-1).long()
     if block.rows_apart:
         x, top = x.repeat_interleave(top, dim=0), 1
@@ -86,6 +86,8 @@ def _activated(ups: list[Tensor], block: Block) -> Tensor:
 def _combined(slots: Tensor, ids: Tensor, weights: Tensor, block: Block) -> Tensor:
     """Slots [T * A, H] of experts ids [T * A] summed with weights [T, A], or with ones, to [T, H]."""
     tokens, top = weights.shape
+    if block.out_dtype not in (None, slots.dtype):
+        slots = slots.float()  # whose sum is rounded to nothing
     factor = weights.float().contiguous() if block.weighted == "output" else None
     ids = ids.contiguous()  # by a name that outlives the call, which gets an address alone
     out = slots.new_empty(tokens, slots.shape[1])
@@ -95,7 +97,7 @@ def _combined(slots: Tensor, ids: Tensor, weights: Tensor, block: Block) -> Tens
             *(tokens, top, block.experts, slots.shape[1], _DTYPES[slots.dtype], torch.get_num_threads()),
         )
     )
-    return out
+    return out.to(block.out_dtype or out.dtype)
 
 
 def _routed(x: Tensor, p: Projection, ids: Tensor, top: int = 1) -> Tensor:

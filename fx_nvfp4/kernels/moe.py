@@ -325,10 +325,13 @@ def down(operand: Operand, order: Tensor, offs: Tensor) -> Tensor:
     return out
 
 
-def combine(y: Tensor, ids: Tensor, weights: Tensor | None, experts: int) -> Tensor:
-    """y [T * A, H], ids and weights [T, A] -> [T, H]: sums in float32 over the slots whose id is in [0, experts)."""
+def combine(y: Tensor, ids: Tensor, weights: Tensor | None, experts: int, dtype: torch.dtype | None = None) -> Tensor:
+    """y [T * A, H], ids and weights [T, A] -> [T, H]: sums in float32 over the slots whose id is in [0, experts).
+
+    Rounded to `dtype`, by default y's.
+    """
     tokens, top = ids.shape
-    out = y.new_empty(tokens, y.shape[1])
+    out = y.new_empty(tokens, y.shape[1], dtype=dtype)
     if out.numel() == 0:
         return out
     block_n = min(triton.next_power_of_2(y.shape[1]), COMBINE_COLUMNS)
