@@ -19,6 +19,7 @@ from torch import Tensor, fx
 
 from . import tuning
 from .debug_files import DebugFiles
+from .inlined import inlining
 from .kernel_choice import with_choice
 from .lowering import compat, versions
 from .lowering.compat import CustomGraphPass
@@ -47,6 +48,7 @@ OPTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "shared_scales": (None, (None, "vllm")),
     "check_finite": (False, _SWITCHES),
     "tune": (False, _SWITCHES),
+    "inline": (False, _SWITCHES),
     "prepack": (True, (*_SWITCHES, "always")),  # "always": on a CPU too, where nothing gains from it
 }
 _PACKED_DTYPES = (*BYTES, *WORDS)
@@ -107,7 +109,7 @@ def _compile(
     key = _report_key(gm, example_inputs, graph_pass)
     guard = TableGuard(gm, tables) if tables else None
     start = time.perf_counter()
-    with emulated():
+    with emulated(), inlining() if ours["inline"] else contextlib.nullcontext():
         compiled = compat.compile_with_inductor(gm, example_inputs, patches, packed, ours["codegen"])
     seconds = time.perf_counter() - start if ours["codegen"] else 0.0
     report = graph_pass.finish(key, seconds, [*_notes(example_inputs), *left])

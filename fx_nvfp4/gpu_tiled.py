@@ -49,6 +49,13 @@ def moe(x: Tensor, ids: Tensor, weights: Tensor, block: Block, configs: TileConf
         configs = tuning.configs_for(
             problem_of(x, ids, block), len(x), target_of(x), x.device, lambda c: moe(x, ids, weights, block, c)
         )
+    y = products(x, ids, weights, block, configs)
+    after = weights if block.weighted == "output" else None
+    return moe_kernels.combine(y, ids, after, block.experts, block.out_dtype)
+
+
+def products(x: Tensor, ids: Tensor, weights: Tensor, block: Block, configs: TileConfigs) -> Tensor:
+    """The block without its weighted sum -> [T * A, H]; slots of nobody are not written."""
     slots = Slots(ids.contiguous(), weights, block.experts)
     routing = _route(slots, configs)
     permute = not configs.direct
@@ -73,9 +80,7 @@ def moe(x: Tensor, ids: Tensor, weights: Tensor, block: Block, configs: TileConf
             parts.append(up_product(rows, None, operand, False, routing, per_row, itself, None, False, configs.up))
         h = block.activation.evaluate(*parts).to(x.dtype)
     inner = Rows(h, permute, h_scale) if fused else _enter(h, down_act, slots.by_itself, None, True, permute)
-    y = down(inner, _operand(block.down), routing, configs.down)
-    after = weights if block.weighted == "output" else None
-    return moe_kernels.combine(y, ids, after, block.experts, block.out_dtype)
+    return down(inner, _operand(block.down), routing, configs.down)
 
 
 def problem_of(x: Tensor, ids: Tensor, block: Block) -> tuning.Problem:

@@ -91,6 +91,11 @@ def configs_for(
     return default if found is None else found
 
 
+def measured(problem: Problem, tokens: int, device: torch.device) -> TileConfigs | None:
+    """The fastest of those that have been measured; None if none has."""
+    return table_of(device).get(problem, tokens) if device.type == "cuda" else None
+
+
 def range_of(tokens: int) -> int:
     """The range that a count of tokens is in: the largest of its counts."""
     return next(most for most in RANGES if tokens <= most)

@@ -26,7 +26,7 @@ def wait_for_inputs(PDL: tl.constexpr):
         tl.extra.cuda.gdc_launch_dependents()
 
 
-def dependent_launch(tensor: Tensor) -> dict[str, bool]:
+def dependent_launch(tensor: Tensor) -> dict[str, Any]:
     """Keyword arguments of a launch on tensor's device: PDL, and what makes it true."""
     if not tensor.is_cuda or not _supported(tensor.device.index or 0):
         return {"PDL": False}

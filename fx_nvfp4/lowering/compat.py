@@ -100,15 +100,41 @@ def _products_kept(patches: dict[str, Any]) -> Iterator[None]:
                 table.update(_taken.decompositions)
 
 
+@contextlib.contextmanager
+def lowered(op: Any, lowering: Callable[..., Any]) -> Iterator[None]:
+    """Inductor compiles an op by our lowering inside the block, and in threads that compile meanwhile."""
+    from torch._inductor.lowering import lowerings
+
+    with _taken_lock:
+        _taken.lowered += 1
+        lowerings[op] = lowering
+    try:
+        yield
+    finally:
+        with _taken_lock:
+            _taken.lowered -= 1
+            if not _taken.lowered:
+                lowerings.pop(op, None)
+
+
+def as_it_lies(box: Any, strides: Sequence[int]) -> Any:
+    """A tensor of Inductor's graph in memory, with those strides."""
+    from torch._inductor import ir
+
+    realized = ir.ExternKernel.require_exact_strides(box, list(strides))
+    return realized if isinstance(realized, ir.TensorBox) else ir.TensorBox(realized)
+
+
 def _packet(op: Any) -> Any:
     return getattr(op, "overloadpacket", op)
 
 
 class _Taken:
-    """Decompositions that are out of the table, and how many compilations want them out."""
+    """Decompositions that are out of the table, and how many compilations want them out, and a lowering in."""
 
     def __init__(self) -> None:
         self.users = 0
+        self.lowered = 0
         self.decompositions: dict[Any, Any] = {}
 
 
