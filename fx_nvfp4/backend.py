@@ -75,7 +75,8 @@ def nvfp4_emu(
             that the model owns, where kernels read tiles (on a GPU, in 16 bits, without gradients), as they lie, see
             :meth:`NVFP4Weight.tile_`; ``"tune"`` (default False, True with the max-autotune modes), time configurations
             of the tiled kernels at the first call of a block in a range of token counts, see
-            :mod:`fx_nvfp4.tuning`. On the arithmetic:
+            :mod:`fx_nvfp4.tuning`; ``"inline"`` (default False), put kernels on tiled weights into the generated code
+            instead of a call of our op, see :mod:`fx_nvfp4.inlined`. On the arithmetic:
             ``"activations"`` (default "checkpoint"), ``"as_written"``, ``"out_dtype"``, ``"shared_scales"`` and
             ``"check_finite"``, see :class:`fx_nvfp4.passes.settings.Settings`. Every other name goes to Inductor's
             config.

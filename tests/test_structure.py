@@ -55,7 +55,8 @@ ALLOWED = {
     "report_table": {"report"},
     "report": {"report_table"},
     "passes": {"passes", "activation", "dialects", "format", "layouts", "ops", "report"},
-    "lowering": {"lowering", "passes"},
+    "lowering": {"kernels", "lowering", "passes"},
+    "inlined": {"block", "gpu_tiled", "kernels", "lowering", "moe", "reference", "tuning"},
     "tables": {"lowering", "report"},
     "kernel_choice": {"cpu", "kernels", "report", "tuning"},
     "inspect_table": {"checkpoints", "report_table"},
@@ -78,7 +79,7 @@ ALLOWED = {
     "debug_files": {"kernel_dump", "report", "tuning"},
     "graph_breaks": {"lowering", "report"},
     "backend": {
-        *("debug_files", "kernel_choice", "lowering", "passes", "report", "tables", "tuning"),
+        *("debug_files", "inlined", "kernel_choice", "lowering", "passes", "report", "tables", "tuning"),
         *("tensor", "tile_inputs", "torchao_dispatch", "torchao_interop", "untested"),
     },
     "explain": {

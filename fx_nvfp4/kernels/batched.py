@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .config import gemm_config
 from .operands import check_input, check_out_scale, pack_weight, require
+from .sizes import cdiv
 from .tile import output_scale, product_tile, store_tile
 
 
@@ -85,7 +86,7 @@ def batched(
     if out.numel() == 0:
         return out
     config = gemm_config(m, x.dtype)
-    tiles = triton.cdiv(m, config.block_m) * triton.cdiv(weight.n, config.block_n)
+    tiles = cdiv(m, config.block_m) * cdiv(weight.n, config.block_n)
     with torch.cuda.device_of(x):
         batched_kernel[(weight.experts * tiles,)](
             x,

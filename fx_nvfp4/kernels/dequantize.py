@@ -9,6 +9,7 @@ from torch import Tensor
 from .config import DEQUANTIZE
 from .decode import e4m3_to_fp16, scale_blocks, unpack_codes
 from .operands import FLOAT_DTYPES, require
+from .sizes import cdiv
 
 
 @triton.jit
@@ -53,7 +54,7 @@ def dequantize(qdata: Tensor, block_scale: Tensor, global_scale: Tensor | None, 
     if out.numel() == 0:
         return out
     count = out.numel() // out.shape[-1]
-    grid = (triton.cdiv(count, DEQUANTIZE.block_n) * triton.cdiv(half_k * 2, DEQUANTIZE.block_k),)
+    grid = (cdiv(count, DEQUANTIZE.block_n) * cdiv(half_k * 2, DEQUANTIZE.block_k),)
     with torch.cuda.device_of(qdata):
         dequantize_kernel[grid](
             qdata.contiguous(),

@@ -16,6 +16,7 @@ from .fragments import form_of
 from .launch import dependent_launch, launch, wait_for_inputs
 from .operands import require
 from .routing import load_expert
+from .sizes import cdiv, next_power_of_2
 
 
 @triton.jit
@@ -108,12 +109,12 @@ def enter(
     out = x.new_empty(len(x) * per_x, k)
     if out.numel() == 0:
         return out
-    block = min(ENTRY_BLOCK, triton.next_power_of_2(k))
+    block = min(ENTRY_BLOCK, next_power_of_2(k))
     # Of few tokens every slot has a program; of many a program reads a row once for all of its slots.
     at_once = per_x if len(x) >= ENTRY_TOKENS else 1
     launch(
         entry_kernel,
-        len(out) // at_once * triton.cdiv(k, block),
+        len(out) // at_once * cdiv(k, block),
         x,
         x.stride(0),
         None if ids is None else ids.contiguous(),

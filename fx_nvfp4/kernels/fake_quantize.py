@@ -9,6 +9,7 @@ from torch import Tensor
 from .config import FAKE_QUANTIZE_BLOCKS
 from .decode import e4m3_to_fp16, fp32_to_e4m3, round_to_e2m1
 from .operands import FLOAT_DTYPES, require
+from .sizes import cdiv
 
 
 @triton.jit
@@ -87,7 +88,7 @@ def _launch(x: Tensor, act_scale: Tensor, row_group: Tensor | None, apply_scale:
         require(x.shape[0] == groups, "x", tuple(x.shape), f"{groups} in the first dimension, one per act_scale")
     total_blocks = x.numel() // 16
     with torch.cuda.device_of(x):
-        fake_quantize_kernel[(triton.cdiv(total_blocks, FAKE_QUANTIZE_BLOCKS),)](
+        fake_quantize_kernel[(cdiv(total_blocks, FAKE_QUANTIZE_BLOCKS),)](
             x.contiguous(),
             # Both rounded from float64, so that neither is the rounded inverse of a rounded number.
             act_scale.to(torch.float32).contiguous(),

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .config import gemm_config
 from .operands import check_input, check_out_scale, pack_weight, require
+from .sizes import cdiv, next_power_of_2
 from .tile import output_scale, product_tile, store_tile
 
 
@@ -117,10 +118,10 @@ def grouped(
     out = x.new_empty(s, weight.n)
     if out.numel() == 0:
         return out
-    config = gemm_config(triton.cdiv(s, weight.experts), x.dtype)
+    config = gemm_config(cdiv(s, weight.experts), x.dtype)
     tiles_m = row_tiles(s, weight.experts, config.block_m)
     with torch.cuda.device_of(x):
-        grouped_kernel[(tiles_m * triton.cdiv(weight.n, config.block_n),)](
+        grouped_kernel[(tiles_m * cdiv(weight.n, config.block_n),)](
             x,
             *weight,
             out_scale,
@@ -135,7 +136,7 @@ def grouped(
             *weight.strides(),
             stride_ae,
             out.stride(0),
-            GROUPS=triton.next_power_of_2(weight.experts + 1),
+            GROUPS=next_power_of_2(weight.experts + 1),
             **config.meta(),
         )
     return out

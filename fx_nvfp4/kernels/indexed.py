@@ -9,6 +9,7 @@ from torch import Tensor
 from .config import INDEXED
 from .decode import dequantize_tile
 from .operands import check_input, check_out_scale, pack_weight, require
+from .sizes import cdiv
 from .tile import output_scale
 
 
@@ -95,7 +96,7 @@ def indexed(
     if out.numel() == 0:
         return out
     with torch.cuda.device_of(x):
-        indexed_kernel[(s * triton.cdiv(weight.n, INDEXED.block_n),)](
+        indexed_kernel[(s * cdiv(weight.n, INDEXED.block_n),)](
             x,
             *weight,
             out_scale,

@@ -16,6 +16,7 @@ from .config import gradient_config
 from .decode import dequantize_tile
 from .grouped import find_tile, row_groups, row_tiles
 from .operands import FLOAT_DTYPES, Weight, pack_weight, require
+from .sizes import cdiv, next_power_of_2
 from .tile import store_tile
 
 SPLIT_BLOCK = 1024  # elements of a gradient row that one program scales and splits
@@ -177,12 +178,12 @@ def _launch(grad: Tensor, weight: Weight, offs: Tensor, group: Tensor, order: Te
         return out
     count = 3 if grad.dtype == torch.float32 else 2
     # Columns in multiples of 16, so that the parts are loaded 16 bytes at a time whatever N is.
-    parts = grad.new_empty(s, count, 16 * triton.cdiv(weight.n, 16), dtype=torch.bfloat16)
-    config = gradient_config(triton.cdiv(s, weight.experts))
+    parts = grad.new_empty(s, count, 16 * cdiv(weight.n, 16), dtype=torch.bfloat16)
+    config = gradient_config(cdiv(s, weight.experts))
     tiles_m = row_tiles(s, weight.experts, config.block_m)
     stride_qe, stride_qn, stride_se, stride_sn, stride_ge = weight.strides()
     with torch.cuda.device_of(grad):
-        split_grad_kernel[(s * triton.cdiv(parts.shape[2], SPLIT_BLOCK),)](
+        split_grad_kernel[(s * cdiv(parts.shape[2], SPLIT_BLOCK),)](
             grad,
             weight.global_scale,
             group,
@@ -196,7 +197,7 @@ def _launch(grad: Tensor, weight: Weight, offs: Tensor, group: Tensor, order: Te
             PARTS=count,
             BLOCK=SPLIT_BLOCK,
         )
-        input_grad_kernel[(tiles_m * triton.cdiv(weight.k, config.block_k),)](
+        input_grad_kernel[(tiles_m * cdiv(weight.k, config.block_k),)](
             parts,
             weight.qdata,
             weight.block_scale,
@@ -215,7 +216,7 @@ def _launch(grad: Tensor, weight: Weight, offs: Tensor, group: Tensor, order: Te
             stride_sn,
             out.stride(0),
             PARTS=count,
-            GROUPS=triton.next_power_of_2(weight.experts + 1),
+            GROUPS=next_power_of_2(weight.experts + 1),
             **config.meta(),
         )
     return out

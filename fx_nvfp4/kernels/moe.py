@@ -18,6 +18,7 @@ from .grouped import find_tile, row_tiles
 from .launch import dependent_launch, launch, wait_for_inputs
 from .operands import Weight, check_input, check_out_scale, pack_weight, require
 from .routing import load_expert
+from .sizes import cdiv, next_power_of_2
 from .tile import output_scale, product_tile, store_tile
 
 
@@ -299,7 +300,7 @@ def up(
         (slots_per_row, *strides),
         out,
         weight,
-        gemm_config(triton.cdiv(order.shape[0], weight.experts), out.dtype, gated=gate is not None),
+        gemm_config(cdiv(order.shape[0], weight.experts), out.dtype, gated=gate is not None),
         columns=weight.n if gate is None else 2 * weight.n,
         ACTIVATION=compile_activation(activation),
     )
@@ -320,7 +321,7 @@ def down(operand: Operand, order: Tensor, offs: Tensor) -> Tensor:
     """Row s of x by the expert of slot s -> [S, N] in x's dtype; slots in no group are not written."""
     weight, arguments, strides = _prepare(operand)
     out = operand.x.new_empty(order.shape[0], weight.n)
-    config = gemm_config(triton.cdiv(order.shape[0], weight.experts), out.dtype)
+    config = gemm_config(cdiv(order.shape[0], weight.experts), out.dtype)
     _launch(down_kernel, (order, offs, out, *arguments), strides, out, weight, config, columns=weight.n)
     return out
 
@@ -334,10 +335,10 @@ def combine(y: Tensor, ids: Tensor, weights: Tensor | None, experts: int, dtype:
     out = y.new_empty(tokens, y.shape[1], dtype=dtype)
     if out.numel() == 0:
         return out
-    block_n = min(triton.next_power_of_2(y.shape[1]), COMBINE_COLUMNS)
+    block_n = min(next_power_of_2(y.shape[1]), COMBINE_COLUMNS)
     launch(
         combine_kernel,
-        tokens * triton.cdiv(y.shape[1], block_n),
+        tokens * cdiv(y.shape[1], block_n),
         y,
         ids.contiguous(),
         None if weights is None else weights.contiguous(),
@@ -383,7 +384,7 @@ def _launch(
         return
     tiles_m = row_tiles(slots, weight.experts, config.block_m)
     with torch.cuda.device_of(out):
-        kernel[(tiles_m * triton.cdiv(columns, config.block_n),)](
+        kernel[(tiles_m * cdiv(columns, config.block_n),)](
             *pointers,
             slots,
             weight.n,
@@ -391,7 +392,7 @@ def _launch(
             weight.experts,
             tiles_m,
             *rest,
-            GROUPS=triton.next_power_of_2(weight.experts + 1),
+            GROUPS=next_power_of_2(weight.experts + 1),
             **constants,
             **config.meta(),
         )

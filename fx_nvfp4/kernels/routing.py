@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .config import ROUTING_BLOCK, ROUTING_BLOCKS_PER_STEP, ROUTING_GROUPS
 from .operands import require
+from .sizes import cdiv, next_power_of_2
 
 
 @triton.jit
@@ -74,12 +75,12 @@ def sort_slots(ids: Tensor, experts: int) -> tuple[Tensor, Tensor]:
     if slots == 0:
         return order, offs.zero_()
     ids = ids.contiguous()
-    blocks = triton.cdiv(slots, ROUTING_BLOCK)
+    blocks = cdiv(slots, ROUTING_BLOCK)
     before = total = None
     with torch.cuda.device_of(ids):
         if blocks > 1:
             before, total = order.new_empty(blocks, experts), order.new_empty(experts)
-            steps = min(ROUTING_BLOCKS_PER_STEP, triton.next_power_of_2(blocks))
+            steps = min(ROUTING_BLOCKS_PER_STEP, next_power_of_2(blocks))
             count_kernel[(experts,)](ids, before, total, slots, experts, BLOCK=ROUTING_BLOCK, BLOCKS=steps, num_warps=8)
         place_kernel[(blocks,)](
             ids, before, total, order, offs, slots, experts, BLOCK=ROUTING_BLOCK, GROUPS=ROUTING_GROUPS

@@ -18,6 +18,7 @@ from .grouped import row_tiles
 from .launch import dependent_launch, launch, wait_for_inputs
 from .operands import require
 from .routing import load_expert
+from .sizes import cdiv, next_power_of_2
 
 HEADER = tl.constexpr(4)
 _TABLE = ("table_ptr",)
@@ -138,7 +139,7 @@ def table_of_batches_kernel(table_ptr, rows, tiles_of_group, TOKENS: tl.constexp
 
 def batches_in_tiles(groups: int, rows: int, tokens: int, device: torch.device) -> Tensor:
     """The table of sort_into_tiles for `groups` of `rows` rows each, one after the other."""
-    tiles = triton.cdiv(rows, tokens)
+    tiles = cdiv(rows, tokens)
     table = torch.empty(groups * tiles, HEADER.value + tokens, dtype=torch.int32, device=device)
     if len(table):
         constants = {"TOKENS": tokens, **dependent_launch(table)}
@@ -159,20 +160,20 @@ def sort_into_tiles(ids: Tensor, experts: int, tokens: int) -> Tensor:
     if slots == 0:
         return table
     ids = ids.contiguous()
-    constants = {"BLOCK": TABLE_BLOCK, "GROUPS": triton.next_power_of_2(experts + 1), **dependent_launch(ids)}
+    constants = {"BLOCK": TABLE_BLOCK, "GROUPS": next_power_of_2(experts + 1), **dependent_launch(ids)}
     if slots > TABLE_SLOTS_AT_ONCE:
         _sort_many(ids, table, tiles, experts, tokens, constants)
         return table
-    constants |= {"TOKENS": tokens, "SLOTS": max(TABLE_BLOCK, triton.next_power_of_2(slots))}
-    programs = triton.cdiv(slots, TABLE_BLOCK)
+    constants |= {"TOKENS": tokens, "SLOTS": max(TABLE_BLOCK, next_power_of_2(slots))}
+    programs = cdiv(slots, TABLE_BLOCK)
     launch(table_kernel, programs, ids, table, slots, tiles, experts, writes=_TABLE, **constants)
     return table
 
 
 def _sort_many(ids: Tensor, table: Tensor, tiles: int, experts: int, tokens: int, constants: dict[str, Any]) -> None:
     slots, groups = ids.numel(), constants["GROUPS"]
-    size = TABLE_COUNTED * triton.cdiv(slots, TABLE_COUNTED * TABLE_BLOCKS_OF_MANY)
-    blocks = triton.cdiv(slots, size)
+    size = TABLE_COUNTED * cdiv(slots, TABLE_COUNTED * TABLE_BLOCKS_OF_MANY)
+    blocks = cdiv(slots, size)
     counts = table.new_empty(blocks, groups)
     counting = {**constants, "BLOCK": TABLE_COUNTED}
     launch(count_blocks_kernel, blocks, ids, counts, slots, size, experts, writes=("counts_ptr",), **counting)

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import launch, wait_for_inputs
+from .sizes import cdiv
 from .tile_config import TileConfig
 from .tiled import prefetch, product, scaled
 from .tiled_operands import Routing, Rows, TiledOperand, constants, stride
@@ -149,7 +150,7 @@ def down(rows: Rows, weight: TiledOperand, routing: Routing, config: TileConfig,
     out = x.new_empty(routing.slots, weight.n) if everyone else x.new_zeros(routing.slots, weight.n)
     if out.numel() == 0:
         return out
-    parts = triton.cdiv(weight.n, config.rows)
+    parts = cdiv(weight.n, config.rows)
     launch(
         tiled_down_kernel,
         len(routing.table) * parts,

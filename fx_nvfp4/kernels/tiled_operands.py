@@ -3,11 +3,11 @@
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from .fragments import form_of
 from .launch import dependent_launch
+from .sizes import next_power_of_2
 from .tile_config import TileConfig, needs_wait
 
 
@@ -101,7 +101,7 @@ def constants(rows: Rows, routing: Routing, config: TileConfig, masked: bool) ->
         "FORM": form,
         "MASKED": masked,
         "WAIT": form == "sm90" and needs_wait(config),
-        "PREFETCHED": min(config.prefetched, triton.next_power_of_2(rows.x.shape[-1] + 1) // 2),
+        "PREFETCHED": min(config.prefetched, next_power_of_2(rows.x.shape[-1] + 1) // 2),
         **config.meta(),
         **dependent_launch(rows.x),
     }

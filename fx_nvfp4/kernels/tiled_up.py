@@ -13,6 +13,7 @@ from .activation import compile_activation
 from .entry import permuted
 from .launch import launch, wait_for_inputs
 from .operands import require
+from .sizes import cdiv
 from .tile_config import TileConfig
 from .tiled import leave, prefetch, product, scaled
 from .tiled_operands import Routing, Rows, TiledOperand, constants, stride
@@ -242,7 +243,7 @@ def up(
     if out.numel() == 0:
         return out
     outputs = config.rows if gate is None else config.rows // 2
-    parts = triton.cdiv(weight.n, outputs)
+    parts = cdiv(weight.n, outputs)
     launch(
         tiled_up_kernel,
         len(routing.table) * parts,

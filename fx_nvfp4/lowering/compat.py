@@ -9,6 +9,7 @@ import logging
 import operator
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -106,14 +107,14 @@ def lowered(op: Any, lowering: Callable[..., Any]) -> Iterator[None]:
     from torch._inductor.lowering import lowerings
 
     with _taken_lock:
-        _taken.lowered += 1
+        _taken.lowered[op] += 1
         lowerings[op] = lowering
     try:
         yield
     finally:
         with _taken_lock:
-            _taken.lowered -= 1
-            if not _taken.lowered:
+            _taken.lowered[op] -= 1
+            if not _taken.lowered[op]:
                 lowerings.pop(op, None)
 
 
@@ -125,6 +126,13 @@ def as_it_lies(box: Any, strides: Sequence[int]) -> Any:
     return realized if isinstance(realized, ir.TensorBox) else ir.TensorBox(realized)
 
 
+def viewed(box: Any, shape: Sequence[int]) -> Any:
+    """A tensor of Inductor's graph in another shape."""
+    from torch._inductor.lowering import lowerings
+
+    return lowerings[torch.ops.aten.view.default](box, list(shape))
+
+
 def _packet(op: Any) -> Any:
     return getattr(op, "overloadpacket", op)
 
@@ -134,7 +142,7 @@ class _Taken:
 
     def __init__(self) -> None:
         self.users = 0
-        self.lowered = 0
+        self.lowered: Counter[Any] = Counter()
         self.decompositions: dict[Any, Any] = {}
 
 

@@ -6,6 +6,7 @@ Constants of the launch become lines above the kernel, and its parameters are wh
 from __future__ import annotations
 
 import ast
+import dis
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -106,6 +107,8 @@ class _Definitions:
             # Triton reads globals that are marked so; its interpreter wants launch constants as they are.
             marked = not interprets() or isinstance(value, tl.constexpr)
             number = getattr(value, "value", value)
+            if not isinstance(number, (int, float, str)):
+                raise ValueError(f"{name} = {number!r} cannot be written into generated code; make it a tl.constexpr")
             self._parts.append(f"{name} = tl.constexpr({number!r})" if marked else f"{name} = {number!r}")
             return
         self.add_what_is_used(value.fn)
@@ -118,12 +121,11 @@ class _Definitions:
 
     def add_what_is_used(self, function: Any) -> None:
         """What a function finds in its module; the head of generated code has Triton itself."""
-        parameters = function.__code__.co_varnames
-        for name in function.__code__.co_names:
+        read = [i.argval for i in dis.get_instructions(function) if i.opname == "LOAD_GLOBAL"]
+        for name in dict.fromkeys(read):
             value = function.__globals__.get(name)
-            if value is None or name in parameters or value in (triton, tl):
-                continue
-            self.add(name, value)
+            if value is not None and value not in (triton, tl):
+                self.add(name, value)
 
 
 def interprets() -> bool:
