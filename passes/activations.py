@@ -133,7 +133,9 @@ def _fix_columns(operand: Node, nodes: list[Node]) -> None:
     """Under dynamic=True the columns of x are a symbol, but a product with a packed weight takes one number of them."""
     columns = hint(operand.meta["val"].shape[-1])
     for node in nodes:
-        sizes = node.meta["val"].shape if is_tensor(node) and not is_supported(node) else ()
+        if not is_tensor(node) or is_supported(node):
+            continue
+        sizes = node.meta["val"].shape
         if len(sizes) > 1 and hint(sizes[-1]) == columns:
             fix(sizes[-1])
 
