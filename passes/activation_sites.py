@@ -14,7 +14,7 @@ from fx_nvfp4.report import Match, Refusal
 from .activations import NearMiss, Quantisers, Spelled, holds_bytes
 from .found import PackedWeight, Refused
 from .nodes import arguments
-from .opaque import opaque_quantiser, packer_of
+from .opaque import Kept, opaque_quantiser, packer_of
 from .place import where
 from .quantise import TWICE, mode_of, quantise, set_activations
 from .settings import PRODUCTS, Settings, apply_activations
@@ -72,6 +72,10 @@ def settle_activations(
             sites.tables.update(found.tables)
         elif isinstance(found, NearMiss):
             _refuse(sites, op, _NONE_OF, _ADVICE)
+        elif isinstance(found, Kept):
+            set_activations(op, None, "none", "hardware")
+            sites.sources[op] = "spelled, as written"
+            sites.notes[op] = (f"activations are quantised by {found.name}, which stays as it is",)
         elif found == "ours":
             sites.notes[op] = (TWICE,) if mode_of(op) != "none" else ()
             set_activations(op, None, "none", "hardware")

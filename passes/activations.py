@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Container, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Container, Hashable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -134,7 +133,9 @@ def _fix_columns(operand: Node, nodes: list[Node]) -> None:
     """Under dynamic=True the columns of x are a symbol, but a product with a packed weight takes one number of them."""
     columns = hint(operand.meta["val"].shape[-1])
     for node in nodes:
-        sizes: Sequence[Any] = node.meta["val"].shape if is_tensor(node) and not is_supported(node) else ()
+        if not is_tensor(node) or is_supported(node):
+            continue
+        sizes = node.meta["val"].shape
         if len(sizes) > 1 and hint(sizes[-1]) == columns:
             fix(sizes[-1])
 

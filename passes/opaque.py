@@ -1,4 +1,4 @@
-"""Quantisers of activations that are single ops of other projects, known by their qualified names.
+"""Quantisers of activations that are single ops or kernels of other projects, known by their qualified names.
 
 What such an op computes cannot be evaluated here, so its name and its arguments are trusted, and the dialect's golden
 vectors vouch for the bits.
@@ -6,7 +6,8 @@ vectors vouch for the bits.
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch.fx import Node
@@ -19,14 +20,28 @@ from .found import Refused
 from .nodes import arguments, is_tensor
 
 MODELOPT = "tensorrt::dynamic_block_quantize_op"  # how ModelOpt registers its blockwise fake quantisation
-# Ops that return codes and block scales by the hardware's rule; the graph dequantises them: vLLM's and torchao's.
-_PACKERS = {"_C::scaled_fp4_quant", "ao::mslk_quantize_nvfp4"}
+# What returns, or fills, codes and block scales; the graph dequantises them: vLLM's, torchao's, compressed-tensors'.
+_PACKERS = {
+    *("_C::scaled_fp4_quant", "_C::scaled_fp4_experts_quant"),
+    *("_C::silu_and_mul_nvfp4_quant", "_C::silu_and_mul_scaled_fp4_experts_quant"),
+    *("ao::mslk_quantize_nvfp4", "ao::mslk_quantize_nvfp4_stacked"),
+    "triton::_quantize_and_pack_fp4_kernel",
+}
+# Triton kernels that quantise to NVFP4 and back, and stay as they are: ModelOpt's.
+_KERNELS = {"triton::fp4_fake_quant_kernel", "triton::fp4_fake_quant_kernel_blockptr"}
 _OURS = "fx_nvfp4::fake_quantize"  # called by the model itself, or put there for another product of the same rows
 _ADVICE = "spell the quantiser in PyTorch, or leave it to the packed tensor's activation scale"
 
 
-def opaque_quantiser(operand: Node) -> Spelled | Literal["ours"] | None:
-    """What a single op quantises an operand by: a known one's rule, "ours", or None if there is none.
+@dataclass(frozen=True)
+class Kept:
+    """A known quantiser that stays where it is."""
+
+    name: str
+
+
+def opaque_quantiser(operand: Node) -> Spelled | Kept | Literal["ours"] | None:
+    """What a single op quantises an operand by: a known one's rule or name, "ours", or None if there is none.
 
     Raises:
         Refused: an op that quantises by its name, and is none of those known, or has arguments of another format.
@@ -38,6 +53,8 @@ def opaque_quantiser(operand: Node) -> Spelled | Literal["ours"] | None:
             return "ours"
         if name == MODELOPT:
             return Spelled(*_modelopt(node), moves, ())
+        if name in _KERNELS:
+            return Kept(name)
         raise Refused(f"activations are quantised by the opaque op {name}, which is not known", _ADVICE)
     return None
 
@@ -53,8 +70,7 @@ def packer_of(codes: Node) -> str:
         if isinstance(call.target, torch._ops.OpOverload) and call.target.namespace not in ("aten", "prims"):
             break
         call = call.args[0]
-    target = call.target
-    name = target._schema.name if isinstance(target, torch._ops.OpOverload) else str(target)
+    name = _qualified(call) or str(call.target)
     if name not in _PACKERS:
         raise Refused(f"activations are packed by {name}, which is not known", _ADVICE)
     return name
@@ -63,12 +79,34 @@ def packer_of(codes: Node) -> str:
 def _name(node: Node) -> str | None:
     """The qualified name of an op that quantises, to judge by that name."""
     call = node.args[0] if node.op == "call_function" and not hasattr(node.target, "name") and node.args else node
-    target = getattr(call, "target", None)
+    name = _qualified(call) if isinstance(call, Node) else None
+    if name is None or "quant" not in name or "dequant" in name:
+        return None
+    return name if is_tensor(node) or name == _OURS else None
+
+
+def _qualified(call: Node) -> str | None:
+    """namespace::name of what a node calls, triton::name of a kernel; None for PyTorch's own ops.
+
+    Ops that fill their arguments, and kernels, are wrapped when a graph is made functional.
+    """
+    target: Any = call.target
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        if "kernel_idx" in call.kwargs:
+            return f"triton::{_kernel_name(call.kwargs['kernel_idx'])}"
+        target = call.args[0] if call.args else None
     if not isinstance(target, torch._ops.OpOverload) or target.namespace in ("aten", "prims"):
         return None
-    name = target._schema.name
-    quantises = "quant" in name and "dequant" not in name
-    return name if quantises and (is_tensor(node) or name == _OURS) else None
+    return target._schema.name
+
+
+def _kernel_name(number: Any) -> str:
+    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+
+    kernel: Any = kernel_side_table.get_kernel(number)
+    while hasattr(kernel, "fn"):  # autotuners and heuristics hold a kernel, which holds a function
+        kernel = kernel.fn
+    return str(getattr(kernel, "__name__", kernel))
 
 
 def _modelopt(node: Node) -> tuple[Cut, Rule]:
