@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib.util
 import json
 import logging
 import time
@@ -19,7 +20,6 @@ from torch import Tensor, fx
 
 from . import tuning
 from .debug_files import DebugFiles
-from .inlined import inlining
 from .kernel_choice import with_choice
 from .lowering import compat, versions
 from .lowering.compat import CustomGraphPass
@@ -110,12 +110,21 @@ def _compile(
     key = _report_key(gm, example_inputs, graph_pass)
     guard = TableGuard(gm, tables) if tables else None
     start = time.perf_counter()
-    with emulated(), inlining() if ours["inline"] else contextlib.nullcontext():
+    with emulated(), _inlining() if ours["inline"] else contextlib.nullcontext():
         compiled = compat.compile_with_inductor(gm, example_inputs, patches, packed, ours["codegen"])
     seconds = time.perf_counter() - start if ours["codegen"] else 0.0
     report = graph_pass.finish(key, seconds, [*_notes(example_inputs), *left])
     _publish(report, ours["strict"])
     return guard.wrap(compiled, graph_pass.used_tables) if guard and graph_pass.used_tables else compiled
+
+
+def _inlining() -> contextlib.AbstractContextManager[None]:
+    if importlib.util.find_spec("triton") is None:
+        log.info('option "inline" has no effect: Triton is not installed, and without it no kernel runs')
+        return contextlib.nullcontext()
+    from .inlined import inlining  # here, as it imports Triton
+
+    return inlining()
 
 
 def _reset() -> None:

@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from operator import attrgetter
 from pathlib import Path
 
@@ -168,3 +170,11 @@ def test_inductor_lowers_what_passes_emit():
                 unknown.append(f"{path.name}:{call.lineno} {op}")
     assert found > 30
     assert not unknown
+
+
+def test_importing_the_library_compiles_no_kernel():
+    """A CPU needs none, and may lack Triton."""
+    script = "import sys, fx_nvfp4.backend; print([m for m in sys.modules if m.startswith(('fx_nvfp4.kernels.', 'fx_nvfp4.gpu'))])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    kernels = {"fx_nvfp4.kernels.config", "fx_nvfp4.kernels.tile_config", "fx_nvfp4.kernels.tile_candidates"}
+    assert set(ast.literal_eval(done.stdout)) <= kernels
