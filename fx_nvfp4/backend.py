@@ -127,6 +127,14 @@ def _inlining() -> contextlib.AbstractContextManager[None]:
     return inlining()
 
 
+def _inlining_key() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return ""
+    from .inlined import key
+
+    return "-" + hashlib.sha256(key().encode()).hexdigest()
+
+
 def _reset() -> None:
     """Called by torch._dynamo.reset(): give back what CUDA graphs hold, as Inductor's own backend does."""
     if torch.cuda.is_available():
@@ -155,6 +163,7 @@ class EmulationPass(CustomGraphPass):
         self._tables = tables
         self._uuid = (
             f"{compat.package_hash()}-{json.dumps(self._options, sort_keys=True, default=str)}-{hash_tables(tables)}"
+            f"{_inlining_key() if options['inline'] else ''}"
         )
         self.report: Report | None = None
         self.used_tables: set[int] = set()

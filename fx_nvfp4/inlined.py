@@ -14,17 +14,19 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from . import gpu_tiled, tuning
+from . import gpu_tiled, routing_checks, tuning
 from .block import Block
 from .kernels.tile_config import TileConfigs, choose, target_of
 from .lowering import compat
-from .moe import make_block
+from .moe import check_block, make_block
+from .ops import check_operands
 from .reference import Activations
 
 log = logging.getLogger("fx_nvfp4.inlined")
@@ -32,29 +34,47 @@ log = logging.getLogger("fx_nvfp4.inlined")
 Boxes = Mapping[int, Any]
 
 
+_active: ContextVar[bool] = ContextVar("fx_nvfp4_inlining", default=False)
+
+
 @contextlib.contextmanager
 def inlining() -> Iterator[None]:
-    """Inductor takes the ops apart inside the block, where it can."""
-    ops = torch.ops.fx_nvfp4
-    with contextlib.ExitStack() as stack:
-        for op, build in ((ops.moe.default, _moe), (ops.linear.default, _linear), (ops.batched.default, _batched)):
-            stack.enter_context(compat.lowered(op, functools.partial(_lower, op, build)))
+    """What Inductor compiles in this thread inside the block has our ops taken apart, where it can be."""
+    _install()
+    token = _active.set(True)
+    try:
         yield
+    finally:
+        _active.reset(token)
+
+
+def key() -> str:
+    """What decides on the generated code, besides sources and options: for the key of Inductor's caches."""
+    from .lowering.kernel_source import interprets
+
+    return f"{interprets()} {routing_checks.wanted()} {tuning.state()}"
+
+
+@functools.cache
+def _install() -> None:
+    ops = torch.ops.fx_nvfp4
+    for op, build in ((ops.moe.default, _moe), (ops.linear.default, _linear), (ops.batched.default, _batched)):
+        compat.lower_by(op, functools.partial(_lower, op, build))
 
 
 def _lower(op: Any, build: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    from torch._inductor.lowering import fallback_handler
-
     from .lowering.launched import NotLaunchesError
 
+    if not _active.get():
+        return compat.as_call(op, args, kwargs)
     try:
-        return _inlined(build, args, kwargs)
+        return _inlined(op, build, args, kwargs)
     except NotLaunchesError as reason:
         log.info("%s stays a call: %s", op, reason)
-        return fallback_handler(op, add_to_fallback_set=False)(*args, **kwargs)
+        return compat.as_call(op, args, kwargs)
 
 
-def _inlined(build: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+def _inlined(op: Any, build: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """The op's result as a node of Inductor's graph.
 
     Args:
@@ -69,21 +89,31 @@ def _inlined(build: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     from .lowering.launch_node import insert_launches
     from .lowering.launched import trace_launches
 
-    given, spec = pytree.tree_flatten((args, kwargs))
-    examples = [_example(a) for a in pytree.tree_leaves((V.graph.current_node.args, V.graph.current_node.kwargs))]
-    _require_plain(V.graph, [e for e in examples if isinstance(e, Tensor)])
+    node = V.graph.current_node
+    given, spec = pytree.tree_flatten(_by_name(op, args, kwargs))
+    examples = [_example(a) for a in pytree.tree_leaves(_by_name(op, node.args, node.kwargs))]
+    _require_plain([e for e in examples if isinstance(e, Tensor)])
     with V.graph.fake_mode:
-        fakes = [_alone(e) if isinstance(e, Tensor) else e for e in examples]
-        fake_args, fake_kwargs = pytree.tree_unflatten(fakes, spec)
-        call, finish = build(*fake_args, **fake_kwargs)
+        # One for each tensor, as the ops tell by identity what gate and up share.
+        alone = {id(e): _alone(e) for e in examples if isinstance(e, Tensor)}
+        fakes = [alone.get(id(e), e) for e in examples]
+        call, finish = build(**pytree.tree_unflatten(fakes, spec))
         traced = trace_launches(call)
-    pairs = [(f, compat.as_it_lies(box, f.stride())) for f, box in zip(fakes, given, strict=True) if _is_tensor(f)]
-    result = insert_launches(traced, pairs)
-    return finish(result, traced.result.shape, {id(fake): box for fake, box in pairs})
+    boxes = {id(f): compat.as_it_lies(box, f.stride()) for f, box in zip(fakes, given, strict=True) if _is_tensor(f)}
+    result = insert_launches(traced, [(fake, boxes[id(fake)]) for fake in alone.values()])
+    return finish(result, traced.result.shape, boxes)
 
 
-def _moe(x: Tensor, ids: Tensor, weights: Tensor, *operands: Any, **options: Any) -> Any:
-    block = make_block(*operands, **options)
+def _by_name(op: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    """All operands in the order of the op's schema; Inductor gives a node's in one way, and us in another."""
+    schema = op._schema.arguments
+    given = {**dict(zip((a.name for a in schema), args, strict=False)), **kwargs}
+    return {a.name: given.get(a.name, a.default_value) for a in schema}
+
+
+def _moe(x: Tensor, ids: Tensor, weights: Tensor, **operands: Any) -> Any:
+    block = make_block(**operands)
+    _require_right(lambda: check_block(x, ids, weights, block))
     _require(gpu_tiled.supports(x, block))
     configs = _configs(x, ids, block)
 
@@ -96,27 +126,43 @@ def _moe(x: Tensor, ids: Tensor, weights: Tensor, *operands: Any, **options: Any
     return lambda: gpu_tiled.products(x, ids, weights, block, configs), finish
 
 
-def _linear(x: Tensor, qdata: Tensor, *rest: Any, **options: Any) -> Any:
-    return _product(gpu_tiled.linear, x, qdata, *rest, **options)
+def _linear(**operands: Any) -> Any:
+    return _product("linear", gpu_tiled.linear, 0, **operands)
 
 
-def _batched(x: Tensor, qdata: Tensor, *rest: Any, **options: Any) -> Any:
-    return _product(gpu_tiled.batched, x, qdata, *rest, **options)
+def _batched(**operands: Any) -> Any:
+    return _product("batched", gpu_tiled.batched, 1, **operands)
 
 
 def _product(
+    op: str,
     body: Callable[..., Tensor],
+    expert_dims: int,
+    *,
     x: Tensor,
     qdata: Tensor,
     block_scale: Tensor,
     global_scale: Tensor,
-    act_scale: Tensor | None = None,
-    activations: str = "none",
-    dialect: str = "hardware",
+    act_scale: Tensor | None,
+    activations: str,
+    dialect: str,
 ) -> Any:
+    _require_right(lambda: check_operands(op, x, qdata, block_scale, global_scale, act_scale, activations, expert_dims))
     _require(gpu_tiled.serves(x, qdata) and x.numel() > 0)
     act = Activations(activations, act_scale, dialect)
     return lambda: body(x, qdata, block_scale, global_scale, act), lambda y, shape, boxes: compat.viewed(y, shape)
+
+
+def _require_right(check: Callable[[], None]) -> None:
+    """What does not fit raises where the op is called, as it does uncompiled."""
+    from .lowering.launched import NotLaunchesError
+
+    try:
+        check()
+    except ValueError as error:
+        raise NotLaunchesError(str(error)) from None
+    if routing_checks.wanted():
+        raise NotLaunchesError(f"{routing_checks.VARIABLE} asks to look at ids at each call")
 
 
 def _require(serves: bool) -> None:
@@ -126,12 +172,12 @@ def _require(serves: bool) -> None:
         raise NotLaunchesError("the kernels on tiled weights do not serve it")
 
 
-def _require_plain(graph: Any, tensors: list[Tensor]) -> None:
+def _require_plain(tensors: list[Tensor]) -> None:
     from .lowering.kernel_source import interprets
     from .lowering.launched import NotLaunchesError
 
-    if graph.cpp_wrapper:
-        raise NotLaunchesError("Inductor writes C++ around kernels here")
+    if why := compat.why_no_launches():
+        raise NotLaunchesError(why)
     if any(not isinstance(n, int) for t in tensors for n in (*t.shape, *t.stride())):
         raise NotLaunchesError("a size is a symbol, and tile sizes are chosen by it at each call")
     if len({t.device for t in tensors}) > 1:

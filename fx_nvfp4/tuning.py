@@ -96,6 +96,12 @@ def measured(problem: Problem, tokens: int, device: torch.device) -> TileConfigs
     return table_of(device).get(problem, tokens) if device.type == "cuda" else None
 
 
+def state() -> str:
+    """What :func:`measured` and :func:`enabled` would say now, for the key of a cache."""
+    on_gpu = torch.cuda.is_available()
+    return f"{_enabled} {table_of(torch.device('cuda')).describe() if on_gpu else ''}"
+
+
 def range_of(tokens: int) -> int:
     """The range that a count of tokens is in: the largest of its counts."""
     return next(most for most in RANGES if tokens <= most)

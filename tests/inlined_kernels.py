@@ -77,7 +77,12 @@ def from_text(launch: Launch, folder: Path) -> str:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     attributes = {(place,): [["tt.divisibility", 16]] for place in divisible}
-    options = {n: v for n, v in launch.constants.items() if n in ("num_warps", "launch_pdl")}
+    # As Inductor's launcher: for debugging, which matters to assertions alone, and these kernels have none.
+    options = {
+        "debug": True,
+        "sanitize_overflow": False,
+        **{n: v for n, v in launch.constants.items() if n in ("num_warps", "launch_pdl")},
+    }
     source = ASTSource(getattr(module, name), types, constants, attributes)
     return triton.compile(source, target=TARGET, options=options).asm["ptx"]
 

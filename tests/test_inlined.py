@@ -15,7 +15,6 @@ import pytest
 import torch
 from test_tiled_moe import BOUND, activations, make, projection, routing, tiled, tiled_block
 from torch import Tensor
-from torch._inductor.lowering import lowerings
 from torch._inductor.utils import run_and_get_code
 
 import fx_nvfp4  # noqa: F401
@@ -195,12 +194,74 @@ def test_products_are_inlined_too(op, mode, device):
     torch.testing.assert_close(result, run(x), rtol=2e-3, atol=2e-3)
 
 
+def short_call(block: Block, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    """As models call it: no operand that has a default."""
+    up, down = block.up[0], block.down
+    given = [[part] for part in up.weight]
+    return torch.ops.fx_nvfp4.moe(x, ids, weights, *given, *down.weight, block.activation.text, block.layout)
+
+
+def test_after_a_compilation_without_the_option(device):
+    """Inductor then hands the operands over by name, with their defaults."""
+    block = tiled_block(make(device=device))
+    ids, weights = routing(7, 2, 4, device)
+    x = torch.randn(7, 128, device=device).half()
+    for inline in (False, True, False, True):
+        torch._dynamo.reset()
+        options = {"inline": inline, "prepack": False, "force_disable_caches": True}
+        function = torch.compile(short_call, backend="nvfp4_emu", options=options)
+        with torch.no_grad():
+            result, (code,) = run_and_get_code(function, block, x, ids, weights)
+        assert (CALL in code) != inline
+        torch.testing.assert_close(result, short_call(block, x, ids, weights), rtol=2e-3, atol=2e-3)
+
+
+def test_branches_have_kernels_of_their_own(device):
+    """Each branch is written by a wrapper of its own, and all their kernels stand in one module."""
+    blocks = [tiled_block(make(device=device, activation=text)) for text in ("silu(g) * u", "relu(g) * u")]
+    ids, weights = routing(7, 2, 4, device)
+    x = torch.randn(7, 128, device=device).half()
+
+    def run(x: Tensor, first: Tensor) -> Tensor:
+        branches = [lambda x, block=block: short_call(block, x, ids, weights) for block in blocks]
+        return torch.cond(first, *branches, (x,))
+
+    options = {"inline": True, "prepack": False, "force_disable_caches": True}
+    function = torch.compile(run, backend="nvfp4_emu", options=options)
+    for place, block in enumerate(blocks):
+        with torch.no_grad():
+            result = function(x, torch.tensor(place == 0, device=device))
+        torch.testing.assert_close(result, short_call(block, x, ids, weights), rtol=2e-3, atol=2e-3)
+
+
+def test_separate_weights_that_share_a_scale(device):
+    """One tensor given twice is one: gate and up then share the rounded rows."""
+    check(make("separate", device=device, act=activations("static", "hardware", False, 4, device)), 7, device)
+
+
+def test_operands_that_do_not_fit_raise_as_they_do_uncompiled(device):
+    block = tiled_block(make(device=device))
+    ids, weights = routing(7, 2, 4, device)
+    x = torch.randn(7, 128, device=device).half()
+    with pytest.raises(ValueError, match="weights must be floating point"):
+        compiled(block, x, ids, weights[:2])
+
+
+def test_the_debug_mode_looks_at_ids_at_each_call(monkeypatch, device):
+    monkeypatch.setenv("FX_NVFP4_DEBUG_IDS", "1")
+    block = tiled_block(make(device=device))
+    ids, weights = routing(7, 2, 4, device)
+    ids[3, 1] = 4
+    x = torch.randn(7, 128, device=device).half()
+    with pytest.raises(IndexError):
+        compiled(block, x, ids, weights)
+
+
 def test_without_the_option_the_op_is_a_call(device):
     block = tiled_block(make(device=device))
     ids, weights = routing(7, 2, 4, device)
     x = torch.randn(7, 128, device=device).half()
     assert CALL in compiled(block, x, ids, weights, inline=False)[1]
-    assert "inlined" not in repr(lowerings.get(torch.ops.fx_nvfp4.moe.default))
 
 
 def test_generated_kernels_compile_to_the_instructions_of_the_library_s_launches():

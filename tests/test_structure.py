@@ -58,7 +58,7 @@ ALLOWED = {
     "report": {"report_table"},
     "passes": {"passes", "activation", "dialects", "format", "layouts", "ops", "report"},
     "lowering": {"kernels", "lowering", "passes"},
-    "inlined": {"block", "gpu_tiled", "kernels", "lowering", "moe", "reference", "tuning"},
+    "inlined": {"block", "gpu_tiled", "kernels", "lowering", "moe", "ops", "reference", "routing_checks", "tuning"},
     "tables": {"lowering", "report"},
     "kernel_choice": {"cpu", "kernels", "report", "tuning"},
     "inspect_table": {"checkpoints", "report_table"},

@@ -9,7 +9,6 @@ import logging
 import operator
 import threading
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -101,21 +100,35 @@ def _products_kept(patches: dict[str, Any]) -> Iterator[None]:
                 table.update(_taken.decompositions)
 
 
-@contextlib.contextmanager
-def lowered(op: Any, lowering: Callable[..., Any]) -> Iterator[None]:
-    """Inductor compiles an op by our lowering inside the block, and in threads that compile meanwhile."""
-    from torch._inductor.lowering import lowerings
+def lower_by(op: Any, lowering: Callable[..., Any]) -> None:
+    """Inductor compiles an op by our lowering from now on; its operands have the strides that eager gave them."""
+    from torch._inductor.lowering import add_layout_constraint, constrain_to_fake_tensors, lowerings
 
-    with _taken_lock:
-        _taken.lowered[op] += 1
-        lowerings[op] = lowering
-    try:
-        yield
-    finally:
-        with _taken_lock:
-            _taken.lowered[op] -= 1
-            if not _taken.lowered[op]:
-                lowerings.pop(op, None)
+    # What Inductor itself decides for an op that it only calls.
+    add_layout_constraint(op, constrain_to_fake_tensors)
+    lowerings[op] = lowering
+
+
+def as_call(op: Any, args: Any, kwargs: Any) -> Any:
+    """An op in Inductor's graph as a call."""
+    from torch._inductor.lowering import fallback_handler
+
+    return fallback_handler(op, add_to_fallback_set=False)(*args, **kwargs)
+
+
+def why_no_launches() -> str | None:
+    """Why the code that Inductor is about to write cannot hold launches of ours; None if it can."""
+    from torch._inductor.virtualized import V
+
+    if V.graph.cpp_wrapper:
+        return "Inductor writes C++ around kernels here"
+    if getattr(V.graph, "fx_wrapper", False):
+        return "Inductor writes an FX graph around kernels here"
+    if config.triton.autotune_at_compile_time:
+        return "autotune_at_compile_time would run kernels on numbers that are no routing"
+    if config.triton.enable_pdl:
+        return "kernels of Inductor's own that start early do not all wait for those before them"
+    return None
 
 
 def as_it_lies(box: Any, strides: Sequence[int]) -> Any:
@@ -138,11 +151,10 @@ def _packet(op: Any) -> Any:
 
 
 class _Taken:
-    """Decompositions that are out of the table, and how many compilations want them out, and a lowering in."""
+    """Decompositions that are out of the table, and how many compilations want them out."""
 
     def __init__(self) -> None:
         self.users = 0
-        self.lowered: Counter[Any] = Counter()
         self.decompositions: dict[Any, Any] = {}
 
 

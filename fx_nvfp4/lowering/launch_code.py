@@ -37,11 +37,17 @@ _COMPILED = """@triton_heuristics.user_autotune(
 
 
 def start(
-    wrapper: Any, launch: Launch, arguments: Mapping[str, Any], operands: Mapping[str, Any], device: torch.device
+    wrapper: Any,
+    launch: Launch,
+    arguments: Mapping[str, Any],
+    operands: Mapping[str, Any],
+    device: torch.device,
+    comment: Callable[[str], None],
 ) -> None:
     """Write the launch into a wrapper of Inductor's, and the kernel's definition before it if it has none yet.
 
     Args:
+        comment: writes what stands above the call of a kernel, by its name.
         arguments: by parameter; tensors are fake.
         operands: what stands for those tensors in Inductor's graph.
     """
@@ -52,13 +58,17 @@ def start(
     if device.type == "cpu":
         dtypes = [v.dtype if isinstance(v, Tensor) else None for v in arguments.values()]
         name = _define(wrapper, launch, device, f"@interpreted({dtypes})", _INTERPRETED)
+        comment(name)
         given = [v if a is not None else None for v, a in zip(values, arguments.values(), strict=True)]
         wrapper.writeline(f"{name}.run({', '.join(map(str, [*given, *grid]))})")
         return
     triton_meta, inductor_meta = _meta(launch, arguments, operands, device)
-    settings = {n: launch.constants[n] for n in ("num_warps", "num_stages") if n in launch.constants}
+    # Triton's defaults, which Inductor's launcher does not know of every device.
+    settings = {"num_warps": 4, "num_stages": 3 if torch.version.hip is None else 2}
+    settings.update({n: v for n, v in launch.constants.items() if n in settings})
     decorator = _COMPILED.format(configs=[settings], inductor_meta=inductor_meta, triton_meta=triton_meta)
     name = _define(wrapper, launch, device, decorator, TritonKernel.gen_common_triton_imports())
+    comment(name)
     wrapper.generate_kernel_call(
         name,
         [*values, *grid],
@@ -78,7 +88,8 @@ def _meta(
 
     def aligned(name: str) -> bool:
         o = operands[name]
-        return bool(config_of([TensorArg(name, o.get_name(), o.get_dtype(), o.get_layout().offset)]))
+        found = config_of([TensorArg(name, o.get_name(), o.get_dtype(), o.get_layout().offset)])
+        return any(["tt.divisibility", 16] in attributes for attributes in found.values())
 
     types, constants, divisible = specialise(launch.kernel, arguments, aligned)
     triton_meta = {
@@ -93,8 +104,14 @@ def _meta(
 
 
 def _define(wrapper: Any, launch: Launch, device: torch.device, decorator: str, imports: str) -> str:
-    """The kernel's name in generated code, where it stands once however often it is launched."""
-    known: dict[str, str] = wrapper.__dict__.setdefault("fx_nvfp4_kernels", {})
+    """The kernel's name in generated code, where it stands once however often it is launched.
+
+    Branches and partitions of a graph have wrappers of their own, whose kernels all stand in one module.
+    """
+    root = wrapper
+    while getattr(root, "parent_wrapper", None) is not None:
+        root = root.parent_wrapper
+    known: dict[str, str] = root.__dict__.setdefault("fx_nvfp4_kernels", {})
     text = textwrap.dedent(imports) + kernel_text(launch.kernel, _NAME, launch.constants, decorator)
     if text not in known:
         function = launch.kernel.fn

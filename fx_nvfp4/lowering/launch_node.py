@@ -87,8 +87,8 @@ class KernelLaunch(ir.ExternKernel):
         return False
 
     def codegen(self, wrapper: Any) -> None:
-        self.codegen_comment(wrapper)
-        start(wrapper, self.launch, self.arguments, self.operands, self.device)
+        comment = functools.partial(self.codegen_comment, wrapper)
+        start(wrapper, self.launch, self.arguments, self.operands, self.device, comment)
 
 
 def _memory(tensor: Tensor) -> int:
