@@ -10,7 +10,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 COUNT, CHUNKS = 300, 6
 
 
-@pytest.mark.parametrize("chunk", range(CHUNKS))
+# One chunk in the quick tests: each takes a minute.
+@pytest.mark.parametrize("chunk", [pytest.param(n, marks=[pytest.mark.slow] * (n > 0)) for n in range(CHUNKS)])
 def test_nothing_is_unexplained(chunk):
     found = list(fuzz.outcomes(chunk * COUNT // CHUNKS, COUNT // CHUNKS))
     bugs = [f"seed {c.seed}: {o.kind}: {o.detail}\n  {c}" for c, o in found if o.bug]

@@ -51,10 +51,12 @@ def is_lifted(r: Recipe) -> bool:
         return False  # scales of one that are made for each expert tell no experts of one weight
     if r.style in ALL_TOKENS_INPUT and r.bias:
         return False  # experts that were not chosen see zeros, and give their bias
-    if r.style in IN_BFLOAT16 and r.dtype == torch.float32:
-        return False  # sums bf16 products in fp32, and does not round the sum
-    if r.style.startswith("titan") and r.routing in (*TOP_1, "repeated argmax"):
-        return False  # its histogram would count an id past the last expert, which argmax is not known to exclude
+    if r.style == "titan_input" and r.dtype == torch.float32:
+        return False  # weighs x in fp32 and rounds it to bf16 after that, where the moe op weighs what is rounded
+    if r.style in IN_BFLOAT16 and r.dtype == torch.float32 and r.bias:
+        return False  # adds fp32 biases to bf16 products, and does not round the sum
+    if r.style.startswith("titan") and r.routing == "repeated argmax":
+        return False  # its histogram would count an id past the last expert, which this is not known to exclude
     if r.style in DENSE and r.routing == "repeated argmax" and r.mask == "scatter" and r.top_k > 1:
         return False  # scatter keeps the last of equal ids, which repeated argmax is not known to exclude
     return r.style not in NOT_LIFTED
