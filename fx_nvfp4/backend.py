@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import fields
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -110,7 +111,8 @@ def _compile(
     key = _report_key(gm, example_inputs, graph_pass)
     guard = TableGuard(gm, tables) if tables else None
     start = time.perf_counter()
-    with emulated(), _inlining() if ours["inline"] else contextlib.nullcontext():
+    inlined = _inlined() if ours["inline"] else None
+    with emulated(), inlined.inlining() if inlined else contextlib.nullcontext():
         compiled = compat.compile_with_inductor(gm, example_inputs, patches, packed, ours["codegen"])
     seconds = time.perf_counter() - start if ours["codegen"] else 0.0
     report = graph_pass.finish(key, seconds, [*_notes(example_inputs), *left])
@@ -118,21 +120,14 @@ def _compile(
     return guard.wrap(compiled, graph_pass.used_tables) if guard and graph_pass.used_tables else compiled
 
 
-def _inlining() -> contextlib.AbstractContextManager[None]:
+def _inlined() -> ModuleType | None:
+    """The module that takes ops apart, if Triton is there to compile their kernels."""
     if importlib.util.find_spec("triton") is None:
         log.info('option "inline" has no effect: Triton is not installed, and without it no kernel runs')
-        return contextlib.nullcontext()
-    from .inlined import inlining  # here, as it imports Triton
+        return None
+    from . import inlined  # here, as it imports Triton
 
-    return inlining()
-
-
-def _inlining_key() -> str:
-    if importlib.util.find_spec("triton") is None:
-        return ""
-    from .inlined import key
-
-    return "-" + hashlib.sha256(key().encode()).hexdigest()
+    return inlined
 
 
 def _reset() -> None:
@@ -163,8 +158,9 @@ class EmulationPass(CustomGraphPass):
         self._tables = tables
         self._uuid = (
             f"{compat.package_hash()}-{json.dumps(self._options, sort_keys=True, default=str)}-{hash_tables(tables)}"
-            f"{_inlining_key() if options['inline'] else ''}"
         )
+        if options["inline"] and (inlined := _inlined()):
+            self._uuid += f"-{hashlib.sha256(inlined.key().encode()).hexdigest()}"
         self.report: Report | None = None
         self.used_tables: set[int] = set()
 

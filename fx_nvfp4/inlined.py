@@ -19,12 +19,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._inductor.virtualized import V
 from torch.utils import _pytree as pytree
 
 from . import gpu_tiled, routing_checks, tuning
 from .block import Block
 from .kernels.tile_config import TileConfigs, choose, target_of
 from .lowering import compat
+from .lowering.kernel_source import interprets
+from .lowering.launch_node import insert_launches, weighted_sum
+from .lowering.launched import NotLaunchesError, trace_launches
 from .moe import check_block, make_block
 from .ops import check_operands
 from .reference import Activations
@@ -32,8 +36,6 @@ from .reference import Activations
 log = logging.getLogger("fx_nvfp4.inlined")
 # What an operand stands for in Inductor's graph, by the fake tensor that a function was traced with.
 Boxes = Mapping[int, Any]
-
-
 _active: ContextVar[bool] = ContextVar("fx_nvfp4_inlining", default=False)
 
 
@@ -50,21 +52,21 @@ def inlining() -> Iterator[None]:
 
 def key() -> str:
     """What decides on the generated code, besides sources and options: for the key of Inductor's caches."""
-    from .lowering.kernel_source import interprets
-
     return f"{interprets()} {routing_checks.wanted()} {tuning.state()}"
 
 
 @functools.cache
 def _install() -> None:
-    ops = torch.ops.fx_nvfp4
-    for op, build in ((ops.moe.default, _moe), (ops.linear.default, _linear), (ops.batched.default, _batched)):
+    for name, build in (
+        ("moe", _moe),
+        ("linear", functools.partial(_product, "linear", gpu_tiled.linear, 0)),
+        ("batched", functools.partial(_product, "batched", gpu_tiled.batched, 1)),
+    ):
+        op = getattr(torch.ops.fx_nvfp4, name).default
         compat.lower_by(op, functools.partial(_lower, op, build))
 
 
 def _lower(op: Any, build: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    from .lowering.launched import NotLaunchesError
-
     if not _active.get():
         return compat.as_call(op, args, kwargs)
     try:
@@ -84,11 +86,6 @@ def _inlined(op: Any, build: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     Raises:
         NotLaunchesError: the op cannot be taken apart, with the reason.
     """
-    from torch._inductor.virtualized import V
-
-    from .lowering.launch_node import insert_launches
-    from .lowering.launched import trace_launches
-
     node = V.graph.current_node
     given, spec = pytree.tree_flatten(_by_name(op, args, kwargs))
     examples = [_example(a) for a in pytree.tree_leaves(_by_name(op, node.args, node.kwargs))]
@@ -99,7 +96,8 @@ def _inlined(op: Any, build: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         fakes = [alone.get(id(e), e) for e in examples]
         call, finish = build(**pytree.tree_unflatten(fakes, spec))
         traced = trace_launches(call)
-    boxes = {id(f): compat.as_it_lies(box, f.stride()) for f, box in zip(fakes, given, strict=True) if _is_tensor(f)}
+    pairs = [(f, box) for f, box in zip(fakes, given, strict=True) if isinstance(f, Tensor)]
+    boxes = {id(fake): compat.as_it_lies(box, fake.stride()) for fake, box in pairs}
     result = insert_launches(traced, [(fake, boxes[id(fake)]) for fake in alone.values()])
     return finish(result, traced.result.shape, boxes)
 
@@ -118,35 +116,15 @@ def _moe(x: Tensor, ids: Tensor, weights: Tensor, **operands: Any) -> Any:
     configs = _configs(x, ids, block)
 
     def finish(y: Any, shape: torch.Size, boxes: Boxes) -> Any:
-        from .lowering.launch_node import weighted_sum
-
         after = boxes[id(weights)] if block.weighted == "output" else None
         return weighted_sum(y, boxes[id(ids)], after, block.experts, block.out_dtype or x.dtype)
 
     return lambda: gpu_tiled.products(x, ids, weights, block, configs), finish
 
 
-def _linear(**operands: Any) -> Any:
-    return _product("linear", gpu_tiled.linear, 0, **operands)
-
-
-def _batched(**operands: Any) -> Any:
-    return _product("batched", gpu_tiled.batched, 1, **operands)
-
-
-def _product(
-    op: str,
-    body: Callable[..., Tensor],
-    expert_dims: int,
-    *,
-    x: Tensor,
-    qdata: Tensor,
-    block_scale: Tensor,
-    global_scale: Tensor,
-    act_scale: Tensor | None,
-    activations: str,
-    dialect: str,
-) -> Any:
+def _product(op: str, body: Callable[..., Tensor], expert_dims: int, **operands: Any) -> Any:
+    """Of an op whose operands are x, a weight and how x is rounded, as fx_nvfp4/ops.py orders them."""
+    x, qdata, block_scale, global_scale, act_scale, activations, dialect = operands.values()
     _require_right(lambda: check_operands(op, x, qdata, block_scale, global_scale, act_scale, activations, expert_dims))
     _require(gpu_tiled.serves(x, qdata) and x.numel() > 0)
     act = Activations(activations, act_scale, dialect)
@@ -155,8 +133,6 @@ def _product(
 
 def _require_right(check: Callable[[], None]) -> None:
     """What does not fit raises where the op is called, as it does uncompiled."""
-    from .lowering.launched import NotLaunchesError
-
     try:
         check()
     except ValueError as error:
@@ -166,16 +142,11 @@ def _require_right(check: Callable[[], None]) -> None:
 
 
 def _require(serves: bool) -> None:
-    from .lowering.launched import NotLaunchesError
-
     if not serves:
         raise NotLaunchesError("the kernels on tiled weights do not serve it")
 
 
 def _require_plain(tensors: list[Tensor]) -> None:
-    from .lowering.kernel_source import interprets
-    from .lowering.launched import NotLaunchesError
-
     if why := compat.why_no_launches():
         raise NotLaunchesError(why)
     if any(not isinstance(n, int) for t in tensors for n in (*t.shape, *t.stride())):
@@ -187,8 +158,6 @@ def _require_plain(tensors: list[Tensor]) -> None:
 
 
 def _configs(x: Tensor, ids: Tensor, block: Block) -> TileConfigs:
-    from .lowering.launched import NotLaunchesError
-
     _require(ids.numel() > 0)
     problem, tokens = gpu_tiled.problem_of(x, ids, block), x.shape[0]
     measured = tuning.measured(problem, tokens, x.device)
@@ -199,10 +168,6 @@ def _configs(x: Tensor, ids: Tensor, block: Block) -> TileConfigs:
 
 def _example(argument: Any) -> Any:
     return argument.meta["val"] if isinstance(argument, torch.fx.Node) else argument
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)
 
 
 def _alone(tensor: Tensor) -> Tensor:

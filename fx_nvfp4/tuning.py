@@ -84,10 +84,9 @@ def configs_for(
     default = choose(tokens, problem.top, problem.experts, target)
     if device.type != "cuda":
         return default
-    table = table_of(device)
-    found = table.get(problem, tokens)
+    found = measured(problem, tokens, device)
     if found is None and _enabled and not torch.cuda.is_current_stream_capturing():
-        found = table.tune(problem, tokens, target, run)
+        found = table_of(device).tune(problem, tokens, target, run)
     return default if found is None else found
 
 
@@ -98,8 +97,10 @@ def measured(problem: Problem, tokens: int, device: torch.device) -> TileConfigs
 
 def state() -> str:
     """What :func:`measured` and :func:`enabled` would say now, for the key of a cache."""
-    on_gpu = torch.cuda.is_available()
-    return f"{_enabled} {table_of(torch.device('cuda')).describe() if on_gpu else ''}"
+    if not torch.cuda.is_available():
+        return str(_enabled)
+    # By its number, as tensors name it: another name would be another table, which hears of nothing new.
+    return f"{_enabled} {table_of(torch.device('cuda', torch.cuda.current_device())).describe()}"
 
 
 def range_of(tokens: int) -> int:
