@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .benchmark import Settings, opened
+from .benchmark import Settings, Study, opened
 from .benchmark import measure as bench
 from .benchmark.plot import save_plot as save_bench_plot
 from .benchmark.table import render_bench
@@ -99,13 +99,25 @@ def run_bench(args: argparse.Namespace) -> int:
             args.tokens, args.new_tokens, args.batch, args.repeats, args.activations, args.mode, args.ways
         )
         with opened(args.model) as folder:
-            study = bench(folder, settings, device, _name(args.model), lambda line: print(line, file=sys.stderr))
+            study = bench(folder, settings, device, _name(args.model), lambda study: _tell(study, args.save))
         if args.plot:
             save_bench_plot(study, args.plot)
     except (ValueError, OSError) as error:
         raise UsageError(f"bench: {error}") from error
     print(json.dumps(study.to_dict(), indent=1) if args.json else render_bench(study))
     return 0
+
+
+def _tell(study: Study, save: Path | None) -> None:
+    row = study.rows[-1]
+    what = f"{row.way}, {row.batch} x {row.tokens} tokens"
+    print(
+        f"{what}: first generation {row.first:.1f} s, prefill {row.prefill:.3g} s, a step {row.decode:.3g} s",
+        file=sys.stderr,
+        flush=True,
+    )
+    if save is not None:
+        save.write_text(json.dumps(study.to_dict(), indent=1) + "\n")
 
 
 def _name(model: Path) -> str:
@@ -232,12 +244,14 @@ def _parser() -> argparse.ArgumentParser:
     timed.add_argument(
         "--tokens", type=int, nargs="+", default=[128, 1024], help="lengths of prompts; default 128 1024"
     )
-    for name, value in (("new-tokens", 32), ("batch", 1), ("repeats", 3)):
+    timed.add_argument("--batch", type=int, nargs="+", default=[1], help="prompts at a time; default 1")
+    for name, value in (("new-tokens", 32), ("repeats", 3)):
         timed.add_argument(f"--{name}", type=int, default=value, help="default %(default)s")
     timed.add_argument("--activations", choices=["checkpoint", "none"], default="checkpoint")
     timed.add_argument("--mode", default="default", help="of torch.compile")
     timed.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), help="default all")
     timed.add_argument("--plot", type=Path, metavar="FILE", help="draw it too; needs matplotlib")
+    timed.add_argument("--save", type=Path, metavar="FILE", help="what --json prints, saved after every measurement")
     timed.set_defaults(run=run_bench)
 
     # Nothing begins with that character: all arguments are the harness'.

@@ -44,20 +44,28 @@ def config(tmp_path):
 def test_the_command_times_all_ways_of_a_config(config, capsys):
     pytest.importorskip("transformers")
     plot = config.with_name("bench.png")
-    command = f"bench --model {config} --tokens 5 --new-tokens 3 --repeats 2 --device cpu --json --plot {plot}"
+    command = f"bench --model {config} --tokens 5 --batch 1 2 --new-tokens 3 --repeats 2 --device cpu"
+    command += f" --json --plot {plot} --save {plot.with_suffix('.json')}"
     with collect_reports() as report:
         assert cli.main(command.split()) == 0
     study = json.loads(capsys.readouterr().out)
-    assert [(row["way"], row["tokens"]) for row in study["rows"]] == [(way, 5) for way in WAYS]
+    assert json.loads(plot.with_suffix(".json").read_text()) == study
+    assert [(row["way"], row["batch"], row["tokens"]) for row in study["rows"]] == [
+        (way, batch, 5) for way in WAYS for batch in (1, 2)
+    ]
     for row in study["rows"]:
         assert 0 < row["prefill_least"] <= row["prefill"] < row["first"]
         assert 0 < row["decode_least"] <= row["decode"] < row["first"]
-    packed, dense, spelled = (row["size"] for row in study["rows"])
+    packed, dense, spelled = (row["size"] for row in study["rows"][::2])
     assert packed < 0.7 * dense
     assert spelled == pytest.approx(packed, rel=0.05)
     assert plot.stat().st_size > 10_000
-    assert report.graphs == 2  # prefill and decoding
-    assert [block.lifted for block in report.blocks] == [True] * 2
+    assert report.graphs == 4  # prefill and decoding, of one prompt and of two
+    assert [block.lifted for block in report.blocks] == [True] * 4
+    loading = study["loading"]
+    assert 0 < loading["size"] == packed <= loading["checkpoint"] * 1.1
+    assert loading["seconds"] > 0
+    assert loading["host_peak"] is None or loading["host_peak"] >= 0.5 * packed
     assert not report.refused
 
 
@@ -66,8 +74,9 @@ def test_a_checkpoint_is_timed_as_it_is_and_printed_as_a_table(capsys):
     command = f"bench --model {CHECKPOINT} --ways packed --tokens 4 --new-tokens 2 --repeats 1 --device cpu"
     assert cli.main(command.split()) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "modelopt_mixtral_w4a4, 1 prompt at a time, 2 new tokens, mode default"
-    assert lines[3].split()[:3] == ["4", "tokens", "packed"]
+    assert lines[0] == "modelopt_mixtral_w4a4, 2 new tokens, activations as checkpoint, mode default"
+    assert lines[3].split()[:5] == ["1", "x", "4", "tokens", "packed"]
+    assert any(line.startswith("loading: ") for line in lines)
 
 
 def test_all_ways_compute_with_the_same_weights():
@@ -99,7 +108,9 @@ def test_a_config_without_weights_says_what_it_lacks(config, tmp_path):
         pass
 
 
-@pytest.mark.parametrize("wrong", [{"tokens": ()}, {"tokens": (4, 0)}, {"new_tokens": 0}, {"batch": 0}, {"repeats": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"tokens": ()}, {"tokens": (4, 0)}, {"new_tokens": 0}, {"batch": (1, 0)}, {"repeats": 0}]
+)
 def test_settings_are_checked(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be at least 1"):
         Settings(**wrong)

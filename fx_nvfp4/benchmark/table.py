@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from ..report_table import table
+from .loading import Loading
 from .measure import Row, Study
 
 _HEADER = (
-    "prompt",
+    "prompts",
     "way",
     "prefill ms",
     "least",
@@ -16,45 +17,59 @@ _HEADER = (
     "tokens/s",
     "first s",
     "weights GB",
+    "peak GB",
 )
 
 _LEGEND = (
     "medians of the forward passes of generate() with a static cache; first: the first generation, which compiles;",
     "packed: nvfp4_emu; 16-bit: weights dequantised beforehand, in-graph: at each use; both compiled by Inductor, with",
-    "activations that are not rounded",
+    "activations that are not rounded; peak: most memory that was allocated on the device, caches included",
 )
 
 
 def render_bench(study: Study) -> str:
     """The table with its legend."""
-    rows = [_cells(study, row, first=i == 0) for group in _by_tokens(study) for i, row in enumerate(group)]
-    batch, s = study.settings.batch, study.settings
+    rows = [
+        _cells(row, first=i == 0)
+        for prompts in study.prompts
+        for i, row in enumerate(r for r in study.rows if (r.batch, r.tokens) == prompts)
+    ]
+    s = study.settings
     return "\n".join(
         [
-            f"{study.model}, {batch} prompt{'s' * (batch != 1)} at a time, {s.new_tokens} new tokens, mode {s.mode}",
+            f"{study.model}, {s.new_tokens} new tokens, activations as {s.activations}, mode {s.mode}",
             *table([_HEADER, *rows]),
             *_LEGEND,
+            _loading(study.loading),
             f"measured on {study.device}, torch {study.torch}",
         ]
     )
 
 
-def _by_tokens(study: Study) -> list[list[Row]]:
-    lengths = dict.fromkeys(row.tokens for row in study.rows)
-    return [[row for row in study.rows if row.tokens == tokens] for tokens in lengths]
+def _loading(loading: Loading) -> str:
+    text = f"loading: {loading.checkpoint / 1e9:.3g} GB in {loading.seconds:.1f} s"
+    for place, peak in (("host", loading.host_peak), ("device", loading.device_peak)):
+        if peak is not None:
+            text += f", at most {peak / 1e9:.3g} GB on the {place}"
+    return text
 
 
-def _cells(study: Study, row: Row, first: bool) -> tuple[str, ...]:
-    batch = study.settings.batch
+def prompts_text(batch: int, tokens: int) -> str:
+    """Such as "16 x 512 tokens"."""
+    return f"{batch} x {tokens} tokens"
+
+
+def _cells(row: Row, first: bool) -> tuple[str, ...]:
     return (
-        f"{row.tokens} tokens" if first else "",
+        prompts_text(row.batch, row.tokens) if first else "",
         row.way,
         f"{row.prefill * 1e3:.1f}",
         f"{row.prefill_least * 1e3:.1f}",
-        f"{batch * row.tokens / row.prefill:,.0f}",
+        f"{row.batch * row.tokens / row.prefill:,.0f}",
         f"{row.decode * 1e3:.2f}",
         f"{row.decode_least * 1e3:.2f}",
-        f"{batch / row.decode:,.1f}",
+        f"{row.batch / row.decode:,.1f}",
         f"{row.first:.1f}",
         f"{row.size / 1e9:.3g}",
+        f"{row.peak / 1e9:.3g}" if row.peak else "-",
     )

@@ -17,12 +17,16 @@ from ..tensor import NVFP4Weight
 
 @dataclass(frozen=True)
 class Way:
-    """How the loaded model is changed, in place, and which backend compiles it with which options."""
+    """How the loaded model is changed, in place, and which backend compiles it with which options.
+
+    prepack: as for :func:`fx_nvfp4.load`; the other ways want weights in the canonical layout.
+    """
 
     name: str
     convert: Callable[[nn.Module], None]
     backend: str = "inductor"
     options: tuple[tuple[str, Any], ...] = ()
+    prepack: bool | None = False
 
 
 def keep(model: nn.Module) -> None:
@@ -75,7 +79,7 @@ def _dequantise(module: Any, name: str) -> Tensor:
 WAYS = {
     way.name: way
     for way in (
-        Way("packed", keep, "nvfp4_emu", (("strict", True),)),
+        Way("packed", keep, "nvfp4_emu", (("strict", True),), prepack=None),
         Way("16-bit", make_dense),
         Way("in-graph", spell_dequantisation),
     )
