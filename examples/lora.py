@@ -1,12 +1,16 @@
 """Train LoRA adapters beside frozen NVFP4 weights: gradients pass through packed products, and nothing dense is kept.
 
-A small mixture of experts is packed. Then its adapters, of the projection before the experts and of every expert, learn
-a task: to give what the model would give had each of its weights another part of low rank.
+A mixture of experts is packed. Then its adapters, of the projection before the experts and of every expert, learn a
+task: to give what the model would give had each of its weights another part of low rank. On a GPU it prints too how
+much memory forward and backward take, beside what the weights would take in 16 bits.
 
 python examples/lora.py
+python examples/lora.py --device cuda --dtype bfloat16 --experts 64 --hidden 2048 --inner 768 --tokens 512
 """
 
+import argparse
 import copy
+import gc
 import math
 
 import torch
@@ -15,7 +19,7 @@ from torch.nn import functional as F
 
 import fx_nvfp4
 
-EXPERTS, HIDDEN, INNER, TOP_K, RANK = 8, 64, 64, 2, 4
+EXPERTS, HIDDEN, INNER, TOP_K, RANK = 8, 64, 64, 2, 4  # unless the command line says otherwise
 
 
 class LoRA(nn.Module):
@@ -41,10 +45,10 @@ def multiply(weights: Tensor, rows: Tensor) -> Tensor:
 class Experts(nn.Module):
     """Stacked weights as transformers names them: quantize_ knows the module by its parameters."""
 
-    def __init__(self) -> None:
+    def __init__(self, experts: int, hidden: int, inner: int) -> None:
         super().__init__()
-        self.gate_up_proj = nn.Parameter(torch.randn(EXPERTS, 2 * INNER, HIDDEN) / math.sqrt(HIDDEN))
-        self.down_proj = nn.Parameter(torch.randn(EXPERTS, HIDDEN, INNER) / math.sqrt(INNER))
+        self.gate_up_proj = nn.Parameter(torch.randn(experts, 2 * inner, hidden) / math.sqrt(hidden))
+        self.down_proj = nn.Parameter(torch.randn(experts, hidden, inner) / math.sqrt(inner))
 
     def forward(self, x: Tensor, ids: Tensor, up_lora: LoRA, down_lora: LoRA) -> Tensor:
         """Rows x [S, K], each by the expert of its own."""
@@ -54,12 +58,12 @@ class Experts(nn.Module):
 
 
 class Model(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, experts: int = EXPERTS, hidden: int = HIDDEN, inner: int = INNER) -> None:
         super().__init__()
-        self.proj, self.router = nn.Linear(HIDDEN, HIDDEN, bias=False), nn.Linear(HIDDEN, EXPERTS, bias=False)
-        self.experts = Experts()
-        self.proj_lora = LoRA(HIDDEN, HIDDEN)
-        self.up_lora, self.down_lora = LoRA(EXPERTS, 2 * INNER, HIDDEN), LoRA(EXPERTS, HIDDEN, INNER)
+        self.proj, self.router = nn.Linear(hidden, hidden, bias=False), nn.Linear(hidden, experts, bias=False)
+        self.experts = Experts(experts, hidden, inner)
+        self.proj_lora = LoRA(hidden, hidden)
+        self.up_lora, self.down_lora = LoRA(experts, 2 * inner, hidden), LoRA(experts, hidden, inner)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.proj(x) + self.proj_lora(x)
@@ -72,9 +76,9 @@ class Model(nn.Module):
         return {name: p for name, p in self.named_parameters() if "lora" in name}
 
 
-def build() -> tuple[Model, Model]:
+def build(device: str = "cpu", dtype: torch.dtype = torch.float32, **sizes: int) -> tuple[Model, Model]:
     """The model that is trained, packed, all but its adapters frozen; and the one that it is to become."""
-    model = Model().requires_grad_(False)
+    model = Model(**sizes).requires_grad_(False).to(device, dtype)
     fx_nvfp4.quantize_(model, filter_fn=lambda module, name: isinstance(module, Experts) or name == "proj")
     target = copy.deepcopy(model)
     for name, parameter in target.adapters().items():
@@ -110,11 +114,36 @@ def train(run: nn.Module, model: Model, x: Tensor, y: Tensor, steps: int) -> lis
     return losses
 
 
+def peak_memory(run: nn.Module, model: Model, x: Tensor, y: Tensor) -> int:
+    """Most bytes on the GPU during a step's forward and backward, beside what lies there before."""
+    gradients(run, model, x, y)  # compiles
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    gradients(run, model, x, y)
+    return torch.cuda.max_memory_allocated() - before
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    for name, value in (("experts", EXPERTS), ("hidden", HIDDEN), ("inner", INNER), ("tokens", 256)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    return parser.parse_args()
+
+
 def main() -> None:
+    args = parse_arguments()
     torch.manual_seed(0)
-    model, target = build()
-    x = torch.randn(256, HIDDEN)
-    y = target(x)
+    sizes = {name: getattr(args, name) for name in ("experts", "hidden", "inner")}
+    dtype = getattr(torch, args.dtype)
+    model, target = build(args.device, dtype, **sizes)
+    x = torch.randn(args.tokens, args.hidden, device=args.device, dtype=dtype)
+    with torch.no_grad():
+        y = target(x)
+    del target
     compiled = torch.compile(model, backend="nvfp4_emu")  # forward and backward
 
     losses = train(compiled, model, x, y, steps=60)
@@ -125,8 +154,14 @@ def main() -> None:
     error = max(((got - want).abs().max() / want.abs().max()).item() for got, want in pairs)
     print(f"gradients: largest difference to those of the dequantised model {error:.1e} of the largest entry")
 
-    packed = sum(p.numel() for p in model.parameters() if isinstance(p.data, fx_nvfp4.NVFP4Weight))
-    print(f"{packed:,} packed weights stayed frozen, {sum(p.numel() for p in model.adapters().values()):,} trained")
+    packed = [p.data for p in model.parameters() if isinstance(p.data, fx_nvfp4.NVFP4Weight)]
+    trained = sum(p.numel() for p in model.adapters().values())
+    print(f"{sum(p.numel() for p in packed):,} packed weights stayed frozen, {trained:,} trained")
+    if args.device == "cuda":
+        held = sum(getattr(p, part).nbytes for p in packed for part in p.tensor_data_names)
+        print(f"weights: {held / 1e6:,.1f} MB packed, {sum(p.nbytes for p in packed) / 1e6:,.1f} MB dequantised")
+        del dense
+        print(f"forward and backward beside them: {peak_memory(compiled, model, x, y) / 1e6:,.1f} MB at most")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What the ranks of test_parallel.py run: each case returns what a rank found, and a single process, of the same."""
 
 import copy
+import functools
 import itertools
 
 import pytest
@@ -16,7 +17,7 @@ from fx_nvfp4.fused import DOWN_NAME, UP_NAMES, FusedExperts
 E, H, INNER, A = 6, 32, 80, 2  # on four ranks: experts 1, 2, 1, 2 and blocks of 16 in the intermediate dim 1, 1, 1, 2
 
 
-def fused(layout="concatenated", activations="none", weighted="output", bias=True, seed=0):
+def fused(layout="concatenated", activations="none", weighted="output", bias=True, seed=0, device="cpu"):
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape):
@@ -28,10 +29,10 @@ def fused(layout="concatenated", activations="none", weighted="output", bias=Tru
     weights = {n: NVFP4Weight.from_dense(randn(*shape), activations, scale) for n, shape in shapes.items()}
     biases = {n: randn(*shape[:2]) for n, shape in shapes.items()} if bias else {}
     activation = "silu(u)" if layout == "plain" else "silu(g) * u"
-    return FusedExperts(weights, biases, activation, layout, weighted).requires_grad_(False)
+    return FusedExperts(weights, biases, activation, layout, weighted).requires_grad_(False).to(device)
 
 
-def routing(kind, tokens, seed=0):
+def routing(kind, tokens, seed=0, device="cpu"):
     """x, ids and weights of which experts get as many tokens as chance gives them, all, or none."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(tokens, H, generator=generator)
@@ -41,7 +42,7 @@ def routing(kind, tokens, seed=0):
         ids = torch.full((tokens, A), E - 1)
     if kind == "nobody":
         ids = torch.where(torch.rand(tokens, A, generator=generator) < 0.5, ids, torch.tensor([-1, E])[ids % 2])
-    return x, ids, weights
+    return x.to(device), ids.to(device), weights.to(device)
 
 
 SHARED = [
@@ -63,40 +64,42 @@ def pair(whole, sharded, x, ids, weights, trained=True):
     for run in (sharded, whole):
         leaves = [t.clone().requires_grad_(trained) for t in (x, weights)]
         y = run(leaves[0], ids, leaves[1])
-        seed = torch.randn(y.shape, generator=torch.Generator().manual_seed(9))
+        seed = torch.randn(y.shape, generator=torch.Generator().manual_seed(9)).to(y.device)
         grads = torch.autograd.grad((y * seed).sum(), leaves) if trained else []
         both.append([y.detach(), *grads])
     return tuple(both)
 
 
 def compiled(run, fullgraph=True):
-    return torch.compile(run, backend="nvfp4_emu", options={"codegen": False}, fullgraph=fullgraph)
+    return torch.compile(run, backend="nvfp4_emu", options={"codegen": torch.cuda.is_available()}, fullgraph=fullgraph)
 
 
-def every_case(rank, ranks):
+def every_case(rank, ranks, device):
     """{case: (what the shards gave, what one process gave)}."""
-    mesh = init_device_mesh("cpu", (ranks,))
+    mesh = init_device_mesh(device, (ranks,))
     found = {}
     for dim, layout, activations, weighted in SHARED:
-        whole = fused(layout, activations, weighted)
+        whole = fused(layout, activations, weighted, device=device)
         sharded = fx_nvfp4.shard_experts(copy.deepcopy(whole), mesh, dim)
         for kind in KINDS:
-            found[f"shared {dim} {layout} {kind}"] = pair(whole, sharded, *routing(kind, 9))
-        found[f"shared {dim} {layout} no token"] = pair(whole, sharded, *routing("chance", 0), trained=False)
+            found[f"shared {dim} {layout} {kind}"] = pair(whole, sharded, *routing(kind, 9, device=device))
+        none = routing("chance", 0, device=device)
+        found[f"shared {dim} {layout} no token"] = pair(whole, sharded, *none, trained=False)
     for weighted, kind in itertools.product(("output", "input"), KINDS):
-        found[f"own {weighted} {kind}"] = own_tokens(rank, ranks, mesh, weighted, kind)
-    found["own compiled"] = own_tokens(rank, ranks, mesh, "output", "chance", lambda m: compiled(m, fullgraph=False))
+        found[f"own {weighted} {kind}"] = own_tokens(rank, ranks, device, mesh, weighted, kind)
+    wrap = functools.partial(compiled, fullgraph=False)
+    found["own compiled"] = own_tokens(rank, ranks, device, mesh, "output", "chance", wrap)
     found["parts"] = parts(rank, ranks, mesh)
-    found["compiled"] = compiled_block(mesh)
+    found["compiled"] = compiled_block(device, mesh)
     return found
 
 
-def own_tokens(rank, ranks, mesh, weighted, kind, wrap=lambda module: module):
+def own_tokens(rank, ranks, device, mesh, weighted, kind, wrap=lambda module: module):
     """Rank 1 has no tokens, the others 2, 7, 9, ...; one process has those of all."""
-    whole = fused(activations="static", weighted=weighted)
+    whole = fused(activations="static", weighted=weighted, device=device)
     sharded = fx_nvfp4.shard_experts(copy.deepcopy(whole), mesh, tokens="own")
     tokens = [0 if r == 1 else 3 * r + 2 for r in range(ranks)]
-    return pair(whole, wrap(sharded), *routing(kind, tokens[rank], seed=rank))
+    return pair(whole, wrap(sharded), *routing(kind, tokens[rank], seed=rank, device=device))
 
 
 def parts(rank, ranks, mesh):
@@ -112,22 +115,22 @@ def parts(rank, ranks, mesh):
     )
 
 
-def compiled_block(mesh):
+def compiled_block(device, mesh):
     """One graph with one block, forward and backward."""
-    whole = fused(activations="static", bias=False)
+    whole = fused(activations="static", bias=False, device=device)
     sharded = fx_nvfp4.shard_experts(copy.deepcopy(whole), mesh)
     with collect_reports() as report:
-        result = pair(whole, compiled(sharded), *routing("chance", 9))
+        result = pair(whole, compiled(sharded), *routing("chance", 9, device=device))
     assert [m.op for m in report.matched].count("moe") == 2, report
     assert not report.refused, report
     return result
 
 
-def checkpoint(rank, ranks, folder):
+def checkpoint(rank, ranks, device, folder):
     """A real model: as one, sharded either way, and with each rank reading its experts alone."""
-    mesh = init_device_mesh("cpu", (ranks,))
-    prompt = torch.arange(2, 26).view(2, 12)
-    load = lambda **kwargs: fx_nvfp4.load(folder, dtype=torch.float32, progress=False, **kwargs)  # noqa: E731
+    mesh = init_device_mesh(device, (ranks,))
+    prompt = torch.arange(2, 26, device=device).view(2, 12)
+    load = lambda **kwargs: fx_nvfp4.load(folder, device, torch.float32, progress=False, **kwargs)  # noqa: E731
     whole = load()
     models = {
         "expert": fx_nvfp4.shard_experts(load(), mesh),
@@ -143,30 +146,29 @@ def checkpoint(rank, ranks, folder):
             mine = prompt + rank if name == "own" else prompt
             want = whole(mine).logits
             with collect_reports() as report:
-                run = torch.compile(model, backend="nvfp4_emu", options={"codegen": False}, fullgraph=name != "own")
-                found[name] = run(mine).logits, want
+                found[name] = compiled(model, fullgraph=name != "own")(mine).logits, want
             assert not report.refused, report
             # With one expert a rank, what masks the others' rows is not told from an activation.
             assert name == "own" or ranks == 4 or len([b for b in report.blocks if b.lifted]) == 2, report
     return found
 
 
-def fully_sharded(rank, ranks):
+def fully_sharded(rank, ranks, device):
     """FSDP2 around packed experts that it leaves alone: an adapter's gradients, summed over the ranks' own tokens."""
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh("cpu", (ranks,))
+    mesh = init_device_mesh(device, (ranks,))
     torch.manual_seed(0)
-    model = Adapted()
+    model = Adapted().to(device)
     want = copy.deepcopy(model)
     fx_nvfp4.shard_experts(model, mesh, tokens="own")
     packed = {p for p in model.parameters() if isinstance(p, NVFP4Weight)}
     fully_shard(model, mesh=mesh, ignored_params=packed)
-    batches = [routing("chance", 5, seed=r) for r in range(ranks)]
+    batches = [routing("chance", 5, seed=r, device=device) for r in range(ranks)]
     model(*batches[rank]).square().sum().backward()
     sum(want(*batch).square().sum() for batch in batches).div(ranks).backward()
     with pytest.raises(NotImplementedError, match="ignored_params"):
-        fully_shard(Adapted(), mesh=mesh)
+        fully_shard(Adapted().to(device), mesh=mesh)
     return {"adapter": ([model.a.grad.full_tensor()], [want.a.grad])}
 
 

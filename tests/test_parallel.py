@@ -33,9 +33,17 @@ def check(results, tolerance=1e-5):
                     assert (g - w).abs().max() <= tolerance * max(float(w.abs().max()), 1e-6), (rank, name)
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_shards_give_what_one_process_gives(ranks, tmp_path):
-    results = run_on_ranks(shard_cases.every_case, ranks, tmp_path)
+def on_gpus(ranks):
+    enough = torch.cuda.is_available() and torch.cuda.device_count() >= ranks
+    marks = [pytest.mark.gpu, pytest.mark.skipif(not enough, reason=f"needs {ranks} GPUs")]
+    return pytest.param(ranks, "cuda", marks=marks)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "device"), [(2, "cpu"), pytest.param(4, "cpu", marks=pytest.mark.slow), on_gpus(2), on_gpus(4)]
+)
+def test_shards_give_what_one_process_gives(ranks, device, tmp_path):
+    results = run_on_ranks(shard_cases.every_case, ranks, tmp_path, device=device)
     sizes, whole = zip(*(cases.pop("parts") for cases in results), strict=True)
     assert torch.equal(torch.stack(sizes).sum(0), whole[0].expand(2))  # nothing twice, nothing lost
     assert max(s.max() for s in sizes) < 2 * whole[0] / ranks
@@ -43,16 +51,17 @@ def test_shards_give_what_one_process_gives(ranks, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_a_checkpoint_over_ranks(ranks, tmp_path):
+@pytest.mark.parametrize(("ranks", "device"), [(2, "cpu"), (4, "cpu"), on_gpus(2), on_gpus(4)])
+def test_a_checkpoint_over_ranks(ranks, device, tmp_path):
     pytest.importorskip("transformers")
     # W4A4: an activation that a sum in another order moves past a boundary would show as 1e-2.
-    check(run_on_ranks(shard_cases.checkpoint, ranks, tmp_path, str(MODEL)), 1e-4)
+    check(run_on_ranks(shard_cases.checkpoint, ranks, tmp_path, str(MODEL), device=device), 1e-4)
 
 
 @pytest.mark.slow
-def test_fsdp_around_packed_experts(tmp_path):
-    check(run_on_ranks(shard_cases.fully_sharded, 2, tmp_path))
+@pytest.mark.parametrize(("ranks", "device"), [(2, "cpu"), on_gpus(2)])
+def test_fsdp_around_packed_experts(ranks, device, tmp_path):
+    check(run_on_ranks(shard_cases.fully_sharded, ranks, tmp_path, device=device))
 
 
 def mesh(ranks, ndim=1):
