@@ -49,7 +49,7 @@ OPTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "shared_scales": (None, (None, "vllm")),
     "check_finite": (False, _SWITCHES),
     "tune": (False, _SWITCHES),
-    "inline": (False, _SWITCHES),
+    "inline": (True, _SWITCHES),
     "prepack": (True, (*_SWITCHES, "always")),  # "always": on a CPU too, where nothing gains from it
 }
 _PACKED_DTYPES = (*BYTES, *WORDS)
@@ -76,8 +76,8 @@ def nvfp4_emu(
             that the model owns, where kernels read tiles (on a GPU, in 16 bits, without gradients), as they lie, see
             :meth:`NVFP4Weight.tile_`; ``"tune"`` (default False, True with the max-autotune modes), time configurations
             of the tiled kernels at the first call of a block in a range of token counts, see
-            :mod:`fx_nvfp4.tuning`; ``"inline"`` (default False), put kernels on tiled weights into the generated code
-            instead of a call of our op, see :mod:`fx_nvfp4.inlined`. On the arithmetic:
+            :mod:`fx_nvfp4.tuning`; ``"inline"`` (default True), put kernels on tiled weights into the generated code,
+            where it can be, instead of a call of our op, see :mod:`fx_nvfp4.inlined`. On the arithmetic:
             ``"activations"`` (default "checkpoint"), ``"as_written"``, ``"out_dtype"``, ``"shared_scales"`` and
             ``"check_finite"``, see :class:`fx_nvfp4.passes.settings.Settings`. Every other name goes to Inductor's
             config.
@@ -94,8 +94,8 @@ def nvfp4_emu(
     patches = {**compat.mode_patches(mode), **inductor}
     if versions.is_tested():
         return _compile(gm, example_inputs, patches, ours)
-    # Permuting weights makes Dynamo trace anew, by a name that has another purpose.
-    emulate = functools.partial(_compile, gm, example_inputs, patches, {**ours, "prepack": False})
+    # Permuting weights makes Dynamo trace anew, by a name that has another purpose; inlining builds Inductor's nodes.
+    emulate = functools.partial(_compile, gm, example_inputs, patches, {**ours, "prepack": False, "inline": False})
     return compile_untested(gm, example_inputs, emulate, patches, ours)
 
 

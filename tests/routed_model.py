@@ -7,11 +7,12 @@ from torch.nn import functional as F
 from fx_nvfp4 import NVFP4Weight
 from fx_nvfp4.fused import FusedExperts
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EXPERTS, HIDDEN, INTERMEDIATE, OUT, TOP_K = 4, 64, 64, 32, 2
 
 
 def tokens(count, seed=0):
-    return torch.randn(count, HIDDEN, generator=torch.Generator().manual_seed(seed + count))
+    return torch.randn(count, HIDDEN, generator=torch.Generator().manual_seed(seed + count)).to(DEVICE)
 
 
 def packed(*shape, seed, activations="none"):
@@ -34,6 +35,7 @@ class Routed(nn.Module):
         nn.init.ones_(self.head.bias)
         head = packed(OUT, HIDDEN, seed=9, activations=activations)
         self.head.weight = nn.Parameter(head, requires_grad=False)
+        self.to(DEVICE)
 
     def route(self, x):
         return F.linear(x, self.router).softmax(dim=-1).topk(TOP_K, dim=-1)

@@ -13,7 +13,7 @@ import threading
 import pytest
 import routed_model
 import torch
-from routed_model import EXPERTS, HIDDEN, TOP_K, Routed, tokens
+from routed_model import DEVICE, EXPERTS, HIDDEN, TOP_K, Routed, tokens
 from spelled_models import STYLES, SpelledMoE
 from test_backend import run_process
 from torch import nn
@@ -93,10 +93,10 @@ def test_no_tokens_for_spelled_weights(style):
 
 
 ROUTINGS = {
-    "all on one": lambda n: torch.full((n, TOP_K), EXPERTS - 1),
-    "two experts unreached": lambda n: torch.tensor([[0, 2]]).expand(n, TOP_K),
-    "nobody": lambda n: torch.full((n, TOP_K), -1),
-    "each slot its own": lambda n: torch.arange(n * TOP_K).view(n, TOP_K) % EXPERTS,
+    "all on one": lambda n: torch.full((n, TOP_K), EXPERTS - 1, device=DEVICE),
+    "two experts unreached": lambda n: torch.tensor([[0, 2]], device=DEVICE).expand(n, TOP_K),
+    "nobody": lambda n: torch.full((n, TOP_K), -1, device=DEVICE),
+    "each slot its own": lambda n: torch.arange(n * TOP_K, device=DEVICE).view(n, TOP_K) % EXPERTS,
 }
 
 
@@ -135,7 +135,7 @@ def test_contexts_one_after_the_other(prepack):
 def test_autocast(prepack, dtype):
     """Products have the dtype that eager gives them, and the numbers up to its rounding."""
     model = Routed()
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(DEVICE, dtype=dtype):
         want, got = model(tokens(5)), compiled(model, prepack)(tokens(5))
     assert got.dtype == want.dtype
     torch.testing.assert_close(got, want, rtol=2**-6, atol=2**-6)
@@ -163,7 +163,8 @@ def test_training_beside_packed_weights(prepack, compiled_autograd):
 def test_two_models_in_one_process(activations):
     """Of equal graphs, one may serve both; each with its own weights."""
     models = [Routed(activations) for _ in range(2)]
-    models[1].head.weight = nn.Parameter(routed_model.packed(32, HIDDEN, seed=5, activations=activations), False)
+    other = routed_model.packed(32, HIDDEN, seed=5, activations=activations).to(DEVICE)
+    models[1].head.weight = nn.Parameter(other, requires_grad=False)
     runs = [compiled(m, codegen=True) for m in models]
     for _ in range(2):
         for run, model in zip(runs, models, strict=True):
@@ -292,7 +293,7 @@ class Products(nn.Module):
     def __init__(self, style):
         super().__init__()
         self.style = style
-        self.w = nn.Parameter(routed_model.packed(EXPERTS, 32, HIDDEN, seed=0), requires_grad=False)
+        self.w = nn.Parameter(routed_model.packed(EXPERTS, 32, HIDDEN, seed=0).to(DEVICE), requires_grad=False)
 
     def forward(self, x, ids):
         if self.style == "indexed":
@@ -338,10 +339,10 @@ def test_products_export_as_ops(style, tile):
     """A conversion is exported with an assertion on dtype and device, which a packed weight once did not answer."""
     model = Products(style)
     assert not tile or not fx_nvfp4.prepack(model).left
-    program = exported(model, tokens(5), torch.arange(5) % EXPERTS, least=2).run_decompositions()
+    program = exported(model, tokens(5), torch.arange(5, device=DEVICE) % EXPERTS, least=2).run_decompositions()
     assert ops_of(program) == [style]
     for count in (5, 9):
-        ids = torch.arange(count) % EXPERTS
+        ids = torch.arange(count, device=DEVICE) % EXPERTS
         torch.testing.assert_close(program.module()(tokens(count), ids), model(tokens(count), ids))
 
 
@@ -382,6 +383,6 @@ def test_a_package_runs_in_a_fresh_process_that_imports_the_library(tile, tmp_pa
     code = PACKAGED.format(imports="{imports}", package=package, inputs=str(tmp_path / "x.pt"))
     cache = tmp_path / "cache"
     got = run_process(code.format(imports="import fx_nvfp4"), cache, "import torch\n")
-    torch.testing.assert_close(torch.tensor(got), model.reference(tokens(5)), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.tensor(got), model.reference(tokens(5)).cpu(), rtol=1e-5, atol=1e-5)
     if not tile:
         assert "fx_nvfp4::moe" in run_process(code.format(imports=""), cache, "import torch\n")

@@ -1,9 +1,9 @@
 # mypy: allow-untyped-defs
 """Slots sorted by expert into tiles of tokens, on the device, in one launch for few slots and two for many.
 
-A row of the table is one tile: expert, number of slots (0: no tile), two unused, and then the slots, so that a program
-that computes the tile reads all it has to know at once. No atomics decide an order, so the result never varies, and
-the host never waits: the number of tiles is bounded by :func:`fx_nvfp4.kernels.grouped.row_tiles`.
+A row of the table is one tile: expert, number of slots (-1 and 0: no tile), two unused, and then the slots, so that a
+program that computes the tile reads all it has to know at once. No atomics decide an order, so the result never varies,
+and the host never waits: the number of tiles is bounded by :func:`fx_nvfp4.kernels.grouped.row_tiles`.
 """
 
 from typing import Any
@@ -37,7 +37,9 @@ def write_headers(table_ptr, totals, tiles, E, TOKENS: tl.constexpr, GROUPS: tl.
         tl.store(row + 1, tl.minimum(totals - i * TOKENS, TOKENS), mask=i < needed)
     used = tl.sum(needed, 0)
     for start in range(used + tl.program_id(0) * GROUPS, tiles, tl.num_programs(0) * GROUPS):
-        tl.store(table_ptr + (start + group) * WIDTH + 1, 0, mask=start + group < tiles)
+        row = table_ptr + (start + group) * WIDTH
+        tl.store(row, -1, mask=start + group < tiles)  # read together with the count
+        tl.store(row + 1, 0, mask=start + group < tiles)
     return first
 
 
