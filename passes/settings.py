@@ -104,13 +104,10 @@ def _cast_result(graph: fx.Graph, op: Node, dtype: torch.dtype) -> str:
         return _widen(graph, op)
     if own != torch.float32:
         return f"the graph's {own} does not hold all numbers of that dtype"
+    emit = Emitter(graph, op)
     with graph.inserting_after(op):
-        narrow = graph.call_function(prims.convert_element_type.default, (op, dtype))
-    with graph.inserting_after(narrow):
-        wide = graph.call_function(prims.convert_element_type.default, (narrow, own))
-    for node, source in ((narrow, op), (wide, narrow)):
-        node.meta.update({**op.meta, "val": source.meta["val"].to(node.args[1])})
-    op.replace_all_uses_with(wide, delete_user_cb=lambda user: user is not narrow)
+        rounded = emit(nvfp4.round_to.default, op, str(dtype).removeprefix("torch."))
+    op.replace_all_uses_with(rounded, delete_user_cb=lambda user: user is not rounded)
     return ""
 
 

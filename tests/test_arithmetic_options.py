@@ -235,10 +235,18 @@ def test_out_dtype_that_the_graph_does_not_take_is_left_out_with_a_note():
 
 
 def test_out_dtype_of_16_bits_rounds_once():
+    """Inductor's generated code once left the cast out, together with the one that takes it back."""
     model, x = Quantised(unquantised, "static"), x_of()
-    y, _, _ = run(model, x, out_dtype=BF16)
-    assert y.dtype == FP32
-    assert torch.equal(y, model(x).bfloat16().float())
+    for codegen in (False, True):
+        y, _, _ = run(model, x, out_dtype=BF16, codegen=codegen)
+        assert y.dtype == FP32
+        assert torch.equal(y, model(x).bfloat16().float())
+
+
+def test_what_cannot_be_rounded_is_refused():
+    for x, dtype in ((torch.ones(2, dtype=BF16), "bfloat16"), (torch.ones(2), "float32")):
+        with pytest.raises(ValueError, match="round_to: expected float32"):
+            torch.ops.fx_nvfp4.round_to(x, dtype)
 
 
 class Viewed(Quantised):

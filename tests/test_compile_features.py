@@ -85,7 +85,7 @@ def test_numbers_that_become_symbols_by_themselves():
 @torch.no_grad()
 def test_no_tokens_for_spelled_weights(style):
     """Gathering the weights of no token once passed for a dequantisation, and raised under strict."""
-    model = SpelledMoE(style, torch.bfloat16)
+    model = SpelledMoE(style, torch.bfloat16).to(DEVICE)
     run = compiled(model, dynamic=True)
     for count in (5, 0, 1):
         x = tokens(count).bfloat16()
