@@ -17,7 +17,7 @@ from .block import Block, Projection
 from .kernels import moe as moe_kernels
 from .kernels.entry import enter
 from .kernels.grouped import row_groups
-from .kernels.tile_config import TileConfigs, by_load, target_of
+from .kernels.tile_config import TileConfig, TileConfigs, by_load, for_rows, target_of
 from .kernels.tile_table import batches_in_tiles, sort_into_tiles
 from .kernels.tiled_down import down
 from .kernels.tiled_operands import Routing, Rows, TiledOperand
@@ -90,11 +90,13 @@ def problem_of(x: Tensor, ids: Tensor, block: Block) -> tuning.Problem:
     return tuning.Problem(*sizes, block.layout, str(x.dtype).removeprefix("torch."), ", ".join(modes))
 
 
-def linear(x: Tensor, words: Tensor, scales: Tensor, global_scale: Tensor, act: Activations) -> Tensor:
+def linear(
+    x: Tensor, words: Tensor, scales: Tensor, global_scale: Tensor, act: Activations, config: TileConfig | None = None
+) -> Tensor:
     """x [.., K] by one weight [N, K] -> [.., N]."""
     rows = x.reshape(-1, x.shape[-1])
     weight = TiledOperand(words.unsqueeze(0), scales.unsqueeze(0), global_scale.unsqueeze(0), None)
-    config = by_load(len(rows), target_of(x))
+    config = config or for_rows(len(rows), weight.n, target_of(x))
     table = batches_in_tiles(1, len(rows), config.largest, x.device)
     # The activations' scale is one for all, so nobody asks whose rows they are.
     entered = _enter(rows, act, Slots(table[:0], table[:0], 1), None, False, True)

@@ -9,7 +9,7 @@ import torch
 
 from . import cpu, tuning
 from .kernels.config import INDEXED, gemm_config, gradient_config
-from .kernels.tile_config import by_load, target_of_device
+from .kernels.tile_config import by_load, for_rows, target_of_device
 from .report import Match
 
 _TILED = ("linear", "batched", "grouped", "moe")
@@ -44,7 +44,8 @@ def _choice(match: Match) -> str:
 
 def _tiles(match: Match) -> str:
     """Of a weight in tiles. The configuration goes by the count of tokens at each call."""
-    config = by_load(match.rows, target_of_device(torch.cuda.current_device()))
+    target = target_of_device(torch.cuda.current_device())
+    config = for_rows(match.rows, match.n, target) if match.op == "linear" else by_load(match.rows, target)
     tuned = "the fastest of those timed at the first call" if tuning.enabled() else "default, or tuned before"
     return f"Triton tiles: {config.text} ({tuned})"
 

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from routed_model import Routed, tokens
+from routed_model import DEVICE, Routed, tokens
 from spelled_models import SpelledMoE
 
 from fx_nvfp4 import NotEmulatedError, NVFP4Warning, backend, untested
@@ -45,7 +45,7 @@ def failing(monkeypatch):
     monkeypatch.setattr(backend.EmulationPass, "__call__", fail)
 
 
-MODELS = {"packed": Routed, "spelled": lambda: SpelledMoE("dense", torch.float32)}
+MODELS = {"packed": Routed, "spelled": lambda: SpelledMoE("dense", torch.float32).to(DEVICE)}
 
 
 def said(model, calls=2, **options):

@@ -106,6 +106,17 @@ def by_load(each: float, target: Target) -> TileConfig:
     return next(config for most, config in _BY_LOAD[target] if each <= most)
 
 
+def for_rows(rows: int, n: int, target: Target) -> TileConfig:
+    """For `rows` rows by one weight of n rows: as an expert's, unless that makes too few programs to fill a GPU."""
+    config = by_load(rows, target)
+    programs = math.ceil(rows / config.largest) * math.ceil(n / config.rows)
+    if programs >= _PROGRAMS:
+        return config
+    return next((few for most, few in _FEW_PROGRAMS[target] if rows <= most), config)
+
+
+# Fewer leave multiprocessors idle: an A100 has 108, an H100 132, an MI300X 304.
+_PROGRAMS = 128
 _FEW_TOKENS = {
     "hopper": TileConfig(32, 8, 8, 256, num_warps=2, num_stages=4),
     "cuda": TileConfig(32, 8, 8, 256, num_warps=2, num_stages=3),
@@ -131,4 +142,10 @@ _BY_LOAD: dict[Target, tuple[tuple[float, TileConfig], ...]] = {
         (24, TileConfig(64, 16, 32, 64, num_warps=4, num_stages=2)),
         (math.inf, TileConfig(64, 16, 64, 64, num_warps=4, num_stages=2, at_once=8)),
     ),
+}
+# Rows of x up to which a configuration is taken where those above would make few programs.
+_FEW_PROGRAMS: dict[Target, tuple[tuple[float, TileConfig], ...]] = {
+    "hopper": ((64, _FEW_TOKENS["hopper"]),),
+    "cuda": ((64, _FEW_TOKENS["cuda"]),),
+    "hip": ((64, _FEW_TOKENS["hip"]),),
 }

@@ -1,0 +1,106 @@
+"""A linear layer on tiled weights, by configuration: what fills a GPU where one weight makes few programs.
+
+    python benchmarks/bench_linear.py [--shapes 512x2048 4096x2048 2048x4096] [--rows 1 16 64 256 1024]
+
+Microseconds of CUDA-graph replays behind a flushed cache, bfloat16, weight-only, for weights N x K: the configuration
+that is chosen, the fastest of the others, and bf16 weights (cuBLAS). Results are compared with fp64 products of the
+exact weights first, and have to be the same twice. Needs a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fx_nvfp4 import NVFP4Weight
+from fx_nvfp4.gpu_tiled import linear
+from fx_nvfp4.kernels.tile_config import TileConfig, for_rows, target_of
+from fx_nvfp4.reference import Activations
+from fx_nvfp4.report_table import table
+from fx_nvfp4.tuning import microseconds
+
+CONFIGS = [
+    TileConfig(32, 8, 8, 256, 2, 4),
+    TileConfig(32, 16, 16, 256, 2, 3),
+    TileConfig(64, 16, 16, 256, 4, 3),
+    TileConfig(64, 16, 32, 128, 4, 4),
+    TileConfig(64, 16, 64, 128, 4, 3, at_once=8),
+    TileConfig(64, 16, 128, 128, 4, 3, at_once=8),
+    TileConfig(128, 16, 16, 128, 4, 4),
+    TileConfig(128, 16, 32, 128, 4, 4),
+    TileConfig(128, 16, 64, 128, 4, 3, at_once=8),
+    TileConfig(128, 16, 64, 64, 4, 4, at_once=8),
+    TileConfig(128, 16, 128, 64, 4, 3, at_once=8),
+]
+
+
+def run(x: Tensor, weight: NVFP4Weight, config: TileConfig) -> Tensor:
+    return linear(x, weight.qdata, weight.block_scale, weight.global_scale, Activations("none", None), config)
+
+
+def measured(x: Tensor, weight: NVFP4Weight, config: TileConfig, want: Tensor) -> float | str:
+    """Microseconds, or what is wrong."""
+    try:
+        one, other = run(x, weight, config), run(x, weight, config)
+        if not torch.equal(one, other):
+            return "varies"
+        error = ((one.double() - want).norm() / want.norm()).item()
+        return microseconds(partial(run, x, weight, config)) if error < 4e-3 else f"off by {error:.1e}"
+    except Exception as error:
+        return type(error).__name__
+
+
+def compile_all(x: Tensor, weight: NVFP4Weight) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda config: measured_quietly(x, weight, config), CONFIGS))
+
+
+def measured_quietly(x: Tensor, weight: NVFP4Weight, config: TileConfig) -> None:
+    try:
+        run(x, weight, config)
+    except Exception:
+        return  # comes again, and is shown
+
+
+def rows_of(n: int, k: int, rows: list[int]) -> list[tuple[str, ...]]:
+    dense = NVFP4Weight.from_dense(torch.randn(n, k, device="cuda", dtype=torch.bfloat16) * 0.02)
+    weight, exact = dense.tiled(), dense.dequantize().double()
+    plain = dense.dequantize()
+    lines = []
+    for m in rows:
+        x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+        want = x.double() @ exact.T
+        compile_all(x, weight)
+        chosen = for_rows(m, n, target_of(x))
+        times = {c: measured(x, weight, c, want) for c in dict.fromkeys([chosen, *CONFIGS])}
+        right = {c: t for c, t in times.items() if isinstance(t, float)}
+        best = min(right, key=lambda c: right[c])
+        cublas = microseconds(partial(torch.nn.functional.linear, x, plain))
+        own = times[chosen]
+        own_text = f"{own:.1f}" if isinstance(own, float) else own
+        lines.append((f"{n} x {k}", str(m), own_text, f"{right[best]:.1f}", f"{cublas:.1f}", best.text))
+        every = ", ".join(f"{t:.1f}" if isinstance(t, float) else t for t in (times[c] for c in CONFIGS))
+        print(f"{n} x {k}, {m} rows: {every}", flush=True)
+    return lines
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=["512x2048", "4096x2048", "2048x4096"])
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 4, 16, 32, 64, 128, 256, 1024])
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    print("\n".join(f"{i}: {config.text}" for i, config in enumerate(CONFIGS)))
+    lines = [line for shape in args.shapes for line in rows_of(*map(int, shape.split("x")), args.rows)]
+    header = ("N x K", "rows", "chosen us", "fastest us", "bf16 us", "fastest configuration")
+    print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    print("\n".join(table([header, *lines])))
+
+
+if __name__ == "__main__":
+    main()
