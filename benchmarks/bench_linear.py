@@ -39,7 +39,9 @@ CONFIGS = [
 
 
 def run(x: Tensor, weight: NVFP4Weight, config: TileConfig) -> Tensor:
-    return linear(x, weight.qdata, weight.block_scale, weight.global_scale, Activations("none", None), config)
+    return linear(
+        x, weight.qdata, weight.block_scale, weight.global_scale, Activations("none", None, "hardware"), config
+    )
 
 
 def measured(x: Tensor, weight: NVFP4Weight, config: TileConfig, want: Tensor) -> float | str:
@@ -51,7 +53,7 @@ def measured(x: Tensor, weight: NVFP4Weight, config: TileConfig, want: Tensor) -
         error = ((one.double() - want).norm() / want.norm()).item()
         return microseconds(partial(run, x, weight, config)) if error < 4e-3 else f"off by {error:.1e}"
     except Exception as error:
-        return type(error).__name__
+        return f"{type(error).__name__}: {error}"
 
 
 def compile_all(x: Tensor, weight: NVFP4Weight) -> None:

@@ -144,7 +144,7 @@ def _enter(x: Tensor, act: Activations, slots: Slots, weights: Tensor | None, ap
         scale = act.scale if static else None
         return Rows(enter(x, slots.ids, slots.experts, weights, scale, apart, permute), permute, scale)
     if apart:
-        x = x.repeat_interleave(slots.ids.shape[1], dim=0)
+        x = x if slots.ids.shape[1] == 1 else x.repeat_interleave(slots.ids.shape[1], dim=0)
         x = x if weights is None else (x.float() * weights.reshape(-1, 1).float()).to(x.dtype)
         slots = slots.by_itself
     group = slots.ids.reshape(-1) if apart else None

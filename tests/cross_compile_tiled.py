@@ -11,7 +11,7 @@ from fx_nvfp4.kernels.activation import compile_activation
 from fx_nvfp4.kernels.config import ENTRY_BLOCK, TABLE_BLOCK, TABLE_COUNTED, TABLE_SLOTS_AT_ONCE
 from fx_nvfp4.kernels.entry import entry_kernel
 from fx_nvfp4.kernels.fragments import decode_form
-from fx_nvfp4.kernels.tile_config import Target, TileConfig, by_load, choose
+from fx_nvfp4.kernels.tile_config import ALONE, Target, TileConfig, by_load, choose
 from fx_nvfp4.kernels.tile_table import (
     count_blocks_kernel,
     table_kernel,
@@ -64,6 +64,10 @@ def compile_tiled(targets: list[str], full: bool) -> list[dict[str, Any]]:
         chosen.append(("one token", choose(1, 8, 128, kind).up, True))
         for dtype in ("bf16", "fp16") if full else ("bf16",):
             calls = [(f"{k}, {what}", *rest) for what, *c in chosen for k, *rest in products(target, *c)]
+            if kind == "hopper":  # the others' are among those above
+                alone = [product_constants(target, config, False) for config in ALONE[kind]]
+                names = ("few rows by one weight", "more rows by one weight")
+                calls += [(f"tiled down, {n}", tiled_down_kernel, c) for n, c in zip(names, alone, strict=True)]
             for kernel, function, constants in (*calls, *others(target)):
                 compiled = compile_kernel(function, constants, dtype, target)
                 case = {"target": name, "kernel": kernel, "dtype": dtype, "shared": compiled.metadata.shared}

@@ -11,7 +11,7 @@ import torch
 from fx_nvfp4 import tuning
 from fx_nvfp4.kernel_dump import Sizes, dump
 from fx_nvfp4.kernels.tile_candidates import candidates, registers, shared_bytes
-from fx_nvfp4.kernels.tile_config import TileConfigs, by_load, choose
+from fx_nvfp4.kernels.tile_config import ALONE, TileConfigs, by_load, choose, for_rows
 
 PROBLEM = tuning.Problem(128, 8, 2048, 768, "concatenated", "bfloat16", "none, none")
 
@@ -30,6 +30,17 @@ def test_candidates_are_few_fit_the_gpu_and_begin_with_the_default(each, target)
 def test_the_model_finds_what_was_fastest_on_an_h100(each):
     """128 rows and a K step of 128: others came out slower by 4 % and more at 1 and 16 slots an expert."""
     assert any((c.rows, c.block_k, c.num_warps) == (128, 128, 4) for c in candidates(each, 2048, "hopper")[1:])
+
+
+@pytest.mark.parametrize("target", ["hopper", "cuda", "hip"])
+def test_one_weight_alone_is_cut_finer_where_it_makes_few_programs(target):
+    """q_proj and its like at few tokens once took an expert's tiles: 4 programs for 512 rows."""
+    narrow, wide = ALONE[target]
+    assert for_rows(16, 512, target) == narrow
+    assert for_rows(1024, 512, target) in (narrow, wide)
+    assert for_rows(100_000, 4096, target) == by_load(100_000, target)
+    limit = {"hopper": 227, "cuda": 99, "hip": 64}[target] << 10
+    assert all(shared_bytes(c) <= limit and registers(c) <= 255 for c in ALONE[target])
 
 
 def test_every_count_of_tokens_is_in_one_range():

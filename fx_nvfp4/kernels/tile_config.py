@@ -108,15 +108,18 @@ def by_load(each: float, target: Target) -> TileConfig:
 
 def for_rows(rows: int, n: int, target: Target) -> TileConfig:
     """For `rows` rows by one weight of n rows: as an expert's, unless that makes too few programs to fill a GPU."""
-    config = by_load(rows, target)
-    programs = math.ceil(rows / config.largest) * math.ceil(n / config.rows)
-    if programs >= _PROGRAMS:
-        return config
-    return next((few for most, few in _FEW_PROGRAMS[target] if rows <= most), config)
+
+    def programs(config: TileConfig) -> int:
+        return math.ceil(rows / config.largest) * math.ceil(n / config.rows)
+
+    usual = by_load(rows, target)
+    if programs(usual) >= _FILLING:
+        return usual
+    narrow, wide = ALONE[target]
+    return narrow if programs(narrow) <= 2 * _FILLING else wide
 
 
-# Fewer leave multiprocessors idle: an A100 has 108, an H100 132, an MI300X 304.
-_PROGRAMS = 128
+_FILLING = 256  # programs; an H100 has 132 multiprocessors
 _FEW_TOKENS = {
     "hopper": TileConfig(32, 8, 8, 256, num_warps=2, num_stages=4),
     "cuda": TileConfig(32, 8, 8, 256, num_warps=2, num_stages=3),
@@ -143,9 +146,12 @@ _BY_LOAD: dict[Target, tuple[tuple[float, TileConfig], ...]] = {
         (math.inf, TileConfig(64, 16, 64, 64, num_warps=4, num_stages=2, at_once=8)),
     ),
 }
-# Rows of x up to which a configuration is taken where those above would make few programs.
-_FEW_PROGRAMS: dict[Target, tuple[tuple[float, TileConfig], ...]] = {
-    "hopper": ((64, _FEW_TOKENS["hopper"]),),
-    "cuda": ((64, _FEW_TOKENS["cuda"]),),
-    "hip": ((64, _FEW_TOKENS["hip"]),),
+# (for few, for more) programs of one weight alone. Hopper's by `python benchmarks/bench_linear.py` on an H100.
+ALONE: dict[Target, tuple[TileConfig, TileConfig]] = {
+    "hopper": (
+        TileConfig(64, 16, 16, 256, num_warps=4, num_stages=3),
+        TileConfig(128, 16, 64, 128, num_warps=4, num_stages=3, at_once=8),
+    ),
+    "cuda": (_BY_LOAD["cuda"][0][1], _BY_LOAD["cuda"][1][1]),
+    "hip": (_BY_LOAD["hip"][0][1], _BY_LOAD["hip"][1][1]),
 }
