@@ -149,10 +149,12 @@ def main() -> None:
     losses = train(compiled, model, x, y, steps=60)
     print(f"loss {losses[0]:.4f} before, {losses[-1]:.4f} after {len(losses)} steps")
 
-    dense = dequantized(model)
-    pairs = zip(gradients(compiled, model, x, y), gradients(dense, dense, x, y), strict=True)
-    error = max(((got - want).abs().max() / want.abs().max()).item() for got, want in pairs)
-    print(f"gradients: largest difference to those of the dequantised model {error:.1e} of the largest entry")
+    if dtype == torch.float32:  # in 16 bits a token may be routed otherwise, and the weights of the other are rounded
+        dense = dequantized(model)
+        pairs = zip(gradients(compiled, model, x, y), gradients(dense, dense, x, y), strict=True)
+        error = max(((got - want).abs().max() / want.abs().max()).item() for got, want in pairs)
+        print(f"gradients: largest difference to those of the dequantised model {error:.1e} of the largest entry")
+        del dense
 
     packed = [p.data for p in model.parameters() if isinstance(p.data, fx_nvfp4.NVFP4Weight)]
     trained = sum(p.numel() for p in model.adapters().values())
@@ -160,7 +162,6 @@ def main() -> None:
     if args.device == "cuda":
         held = sum(getattr(p, part).nbytes for p in packed for part in p.tensor_data_names)
         print(f"weights: {held / 1e6:,.1f} MB packed, {sum(p.nbytes for p in packed) / 1e6:,.1f} MB dequantised")
-        del dense
         print(f"forward and backward beside them: {peak_memory(compiled, model, x, y) / 1e6:,.1f} MB at most")
 
 
