@@ -23,6 +23,7 @@ from .place import origin, where
 from .rewrite import rewrite
 from .settings import Settings, adjust_products
 from .shared_scales import share_all_scales
+from .spoken import spoken
 from .transformers_grad import spell_out_fallback
 from .verify import find_dequantized, find_spelled, notes_on_unpacked
 
@@ -102,7 +103,8 @@ def emulate(
     with cost.stage("verify"):
         refused += [*find_dequantized(graph), *find_spelled(graph, memo.recognise, known)]
         refused, of_backward = _apart_from_backward(graph, refused)
-    return Report(matched, refused, blocks, [*notes, *of_backward], graphs=1, cost=cost), tables
+    report = Report(matched, refused, blocks, [*notes, *of_backward], graphs=1, cost=cost)
+    return spoken(report, names), tables
 
 
 def _rounds_early(site: Site) -> bool:
