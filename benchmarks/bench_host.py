@@ -2,7 +2,7 @@
 
     python benchmarks/bench_host.py [--shape qwen3-30b] [--tokens 1 16 256] [--layers 8]
 
-A stack of layers, each a residual, a norm, and routed experts with weights of its own, compiled as one graph. Per way
+A stack of layers, each a residual, a norm, and routed experts, compiled as one graph. Per way
 and number of tokens, in microseconds a layer, medians: host, until the call returns, with nothing queued before it;
 whole, until the GPU is done. Ways: the op as one call; taken apart in generated code (option ``inline``); each of
 these with CUDA graphs, which replay; and bf16 weights under Inductor. Results are compared with each other before they
@@ -23,6 +23,7 @@ from moe_layer_parts.experts import GroupedExperts, dense_weight
 from moe_layer_parts.shapes import SHAPES, Shape
 from torch import Tensor, nn
 
+from fx_nvfp4 import NVFP4Weight
 from fx_nvfp4.report_table import table
 
 OURS = {"backend": "nvfp4_emu"}
@@ -51,12 +52,15 @@ class Layers(nn.Module):
 
 
 def build(shape: Shape, layers: int, device: torch.device) -> tuple[Layers, Layers]:
-    """(packed in tiles, bf16): the same weights in every layer, but in memory of its own for each."""
+    """(packed in tiles, in memory of its own for each layer; bf16, one layer's weights for all, for want of memory)."""
     layer = random_layer(shape, device)
-    copies = [[w.replace(qdata=w.qdata.clone()) for w in layer.weights("w4a16", tiled=True)] for _ in range(layers)]
-    packed = [GroupedExperts(*pair) for pair in copies]
+    packed = [GroupedExperts(*map(_copied, layer.weights("w4a16", tiled=True))) for _ in range(layers)]
     dense = [dense_weight(w) for w in layer.weights("w4a16")]
     return Layers(packed, shape.hidden, device), Layers([GroupedExperts(*dense)] * layers, shape.hidden, device)
+
+
+def _copied(w: NVFP4Weight) -> NVFP4Weight:
+    return w.replace(qdata=w.qdata.clone(), block_scale=w.block_scale.clone())
 
 
 def times(call: Callable[[], Tensor], repeats: int) -> tuple[float, float]:

@@ -2,7 +2,7 @@
 
 A mixture of experts is packed. Then its adapters, of the projection before the experts and of every expert, learn a
 task: to give what the model would give had each of its weights another part of low rank. On a GPU it prints too how
-much memory forward and backward take, beside what the weights would take in 16 bits.
+much memory forward and backward take, beside what the weights would take dequantised.
 
 python examples/lora.py
 python examples/lora.py --device cuda --dtype bfloat16 --experts 64 --hidden 2048 --inner 768 --tokens 512

@@ -123,7 +123,7 @@ def _compile(
 def _inlined() -> ModuleType | None:
     """The module that takes ops apart, if Triton is there to compile their kernels."""
     if importlib.util.find_spec("triton") is None:
-        log.info('option "inline" has no effect: Triton is not installed, and without it no kernel runs')
+        log.debug("nothing is put into generated code: Triton is not installed, and without it no kernel runs")
         return None
     from . import inlined  # here, as it imports Triton
 

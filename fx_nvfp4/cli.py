@@ -93,6 +93,8 @@ def run_bench(args: argparse.Namespace) -> int:
     """Time prefill and decoding of a whole model."""
     if args.plot:
         require_matplotlib()
+    if args.save and not args.save.parent.is_dir():
+        raise UsageError(f"bench: --save {args.save}: there is no folder {args.save.parent}")
     device = _device(args.device)
     try:
         settings = Settings(
@@ -117,7 +119,10 @@ def _tell(study: Study, save: Path | None) -> None:
         flush=True,
     )
     if save is not None:
-        save.write_text(json.dumps(study.to_dict(), indent=1) + "\n")
+        # As a whole: what breaks the run off leaves the file before.
+        beside = save.with_name(f".{save.name}.new")
+        beside.write_text(json.dumps(study.to_dict(), indent=1) + "\n")
+        beside.replace(save)
 
 
 def _name(model: Path) -> str:

@@ -217,22 +217,30 @@ def require_finite(x: Tensor, site: str) -> None:
 
 @torch.library.custom_op("fx_nvfp4::round_to", mutates_args=(), schema="(Tensor x, str dtype) -> Tensor")
 def round_to(x: Tensor, dtype: str) -> Tensor:
-    """x, float32, rounded to "float16" or "bfloat16", and held in float32.
+    """x [...], float32, rounded to "float16" or "bfloat16", and held in float32; gradients pass unchanged.
 
     An op of its own, since compilers drop a cast that the next one takes back, and the rounding with it.
 
     Raises:
         ValueError: x or dtype is another.
     """
+    return x.to(_narrow(x, dtype)).to(x.dtype)
+
+
+def _narrow(x: Tensor, dtype: str) -> torch.dtype:
     narrow = {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(dtype)
     if x.dtype != torch.float32 or narrow is None:
         raise ValueError(f"round_to: expected float32 and float16 or bfloat16, got {x.dtype} and {dtype}")
-    return x.to(narrow).to(x.dtype)
+    return narrow
 
 
 @round_to.register_fake
 def _(x: Tensor, dtype: str) -> Tensor:
+    _narrow(x, dtype)
     return torch.empty_like(x)
+
+
+round_to.register_autograd(lambda ctx, grad: (grad, None))
 
 
 @torch.library.custom_op(

@@ -70,8 +70,8 @@ def pair(whole, sharded, x, ids, weights, trained=True):
     return tuple(both)
 
 
-def compiled(run, fullgraph=True):
-    return torch.compile(run, backend="nvfp4_emu", options={"codegen": torch.cuda.is_available()}, fullgraph=fullgraph)
+def compiled(run, device, fullgraph=True):
+    return torch.compile(run, backend="nvfp4_emu", options={"codegen": device == "cuda"}, fullgraph=fullgraph)
 
 
 def every_case(rank, ranks, device):
@@ -87,7 +87,7 @@ def every_case(rank, ranks, device):
         found[f"shared {dim} {layout} no token"] = pair(whole, sharded, *none, trained=False)
     for weighted, kind in itertools.product(("output", "input"), KINDS):
         found[f"own {weighted} {kind}"] = own_tokens(rank, ranks, device, mesh, weighted, kind)
-    wrap = functools.partial(compiled, fullgraph=False)
+    wrap = functools.partial(compiled, device=device, fullgraph=False)
     found["own compiled"] = own_tokens(rank, ranks, device, mesh, "output", "chance", wrap)
     found["parts"] = parts(rank, ranks, mesh)
     found["compiled"] = compiled_block(device, mesh)
@@ -120,7 +120,7 @@ def compiled_block(device, mesh):
     whole = fused(activations="static", bias=False, device=device)
     sharded = fx_nvfp4.shard_experts(copy.deepcopy(whole), mesh)
     with collect_reports() as report:
-        result = pair(whole, compiled(sharded), *routing("chance", 9, device=device))
+        result = pair(whole, compiled(sharded, device), *routing("chance", 9, device=device))
     assert [m.op for m in report.matched].count("moe") == 2, report
     assert not report.refused, report
     return result
@@ -146,7 +146,7 @@ def checkpoint(rank, ranks, device, folder):
             mine = prompt + rank if name == "own" else prompt
             want = whole(mine).logits
             with collect_reports() as report:
-                found[name] = compiled(model, fullgraph=name != "own")(mine).logits, want
+                found[name] = compiled(model, device, fullgraph=name != "own")(mine).logits, want
             assert not report.refused, report
             # With one expert a rank, what masks the others' rows is not told from an activation.
             assert name == "own" or ranks == 4 or len([b for b in report.blocks if b.lifted]) == 2, report

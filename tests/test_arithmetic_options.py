@@ -243,6 +243,14 @@ def test_out_dtype_of_16_bits_rounds_once():
         assert torch.equal(y, model(x).bfloat16().float())
 
 
+def test_gradients_pass_what_rounds():
+    x = torch.randn(3, 5, requires_grad=True)
+    y = torch.ops.fx_nvfp4.round_to(x, "float16")
+    assert torch.equal(y, x.half().float())
+    y.sum().backward()
+    assert torch.equal(x.grad, torch.ones(3, 5))
+
+
 def test_what_cannot_be_rounded_is_refused():
     for x, dtype in ((torch.ones(2, dtype=BF16), "bfloat16"), (torch.ones(2), "float32")):
         with pytest.raises(ValueError, match="round_to: expected float32"):

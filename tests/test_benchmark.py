@@ -15,6 +15,7 @@ import fx_nvfp4
 from fx_nvfp4 import NVFP4Weight, cli
 from fx_nvfp4.backend import collect_reports
 from fx_nvfp4.benchmark import Settings, opened
+from fx_nvfp4.benchmark.timing import time_generation
 from fx_nvfp4.benchmark.ways import WAYS, make_dense, spell_dequantisation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -74,7 +75,7 @@ def test_a_checkpoint_is_timed_as_it_is_and_printed_as_a_table(capsys):
     command = f"bench --model {CHECKPOINT} --ways packed --tokens 4 --new-tokens 2 --repeats 1 --device cpu"
     assert cli.main(command.split()) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "modelopt_mixtral_w4a4, 2 new tokens, activations as checkpoint, mode default"
+    assert lines[0] == "modelopt_mixtral_w4a4, 2 new tokens, activations as the checkpoint says, mode default"
     assert lines[3].split()[:5] == ["1", "x", "4", "tokens", "packed"]
     assert any(line.startswith("loading: ") for line in lines)
 
@@ -124,3 +125,23 @@ def test_ways_are_checked():
 def test_what_cannot_be_timed_is_a_usage_error(tmp_path, capsys):
     assert cli.main(["bench", "--model", str(tmp_path), "--device", "cpu"]) == 2
     assert "config.json" in capsys.readouterr().err
+
+
+def test_the_cache_fits_keys_and_values_of_different_widths():
+    """Multi-head latent attention: a cache made from head_dim alone once did not fit."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.DeepseekV3Config(
+        **{"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 16},
+        **{"num_hidden_layers": 2, "first_k_dense_replace": 1, "n_routed_experts": 4, "num_experts_per_tok": 2},
+        **{"n_group": 1, "topk_group": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "q_lora_rank": 16},
+        **{"kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12},
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    times = time_generation(model, torch.arange(6).view(1, 6), new_tokens=3, repeats=2)
+    assert (len(times.prefill), len(times.decode)) == (2, 6)
+
+
+def test_a_folder_that_is_not_there_is_told_before_anything_is_measured(tmp_path, capsys):
+    command = ["bench", "--model", str(CHECKPOINT), "--device", "cpu", "--save", str(tmp_path / "no" / "file.json")]
+    assert cli.main(command) == 2
+    assert "there is no folder" in capsys.readouterr().err

@@ -66,7 +66,7 @@ def compiled(block: Block, *given: Tensor, dynamic: bool = False, **options: obj
     function = torch.compile(
         lambda *tensors: call(block, *tensors),
         backend="nvfp4_emu",
-        options={"inline": True, "prepack": False, "force_disable_caches": True, **options},
+        options={"prepack": False, "force_disable_caches": True, **options},  # inlining is the default
         dynamic=dynamic,
     )
     with torch.no_grad():

@@ -49,11 +49,12 @@ def measured_load(
     if cuda:
         torch.cuda.synchronize(device)
     seconds = time.perf_counter() - start
+    peak_host = _resident("VmHWM")
     return model, Loading(
         seconds,
         checkpoint=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
         size=model_bytes(model),
-        host_peak=None if before_host is None else (_resident("VmHWM") or 0) - before_host,
+        host_peak=None if before_host is None or peak_host is None else peak_host - before_host,
         device_peak=torch.cuda.max_memory_allocated(device) - before_device if cuda else None,
     )
 

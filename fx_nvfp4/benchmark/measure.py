@@ -125,6 +125,7 @@ def measure(
             study.rows.append(_time(model, way, batch, tokens, settings, device))
             progress(study)
         del model
+        torch._dynamo.reset()  # gives back what CUDA graphs hold
         release(device)
     assert study is not None  # there is a way: Settings looks
     return study

@@ -27,6 +27,9 @@ _LEGEND = (
 )
 
 
+_ACTIVATIONS = {"checkpoint": "activations as the checkpoint says", "none": "activations not rounded"}
+
+
 def render_bench(study: Study) -> str:
     """The table with its legend."""
     rows = [
@@ -37,7 +40,7 @@ def render_bench(study: Study) -> str:
     s = study.settings
     return "\n".join(
         [
-            f"{study.model}, {s.new_tokens} new tokens, activations as {s.activations}, mode {s.mode}",
+            f"{study.model}, {s.new_tokens} new tokens, {_ACTIVATIONS[s.activations]}, mode {s.mode}",
             *table([_HEADER, *rows]),
             *_LEGEND,
             _loading(study.loading),

@@ -49,7 +49,7 @@ def time_generation(model: Any, prompt: Tensor, new_tokens: int, repeats: int) -
     the prefill gives.
     """
     settings: dict[str, Any] = {"max_new_tokens": new_tokens + 1, "min_new_tokens": new_tokens + 1, "do_sample": False}
-    cache = static_cache(model, prompt.shape[0], prompt.shape[1] + new_tokens + 1)
+    cache = static_cache(model, prompt, prompt.shape[1] + new_tokens + 1)
     settings |= {"past_key_values": cache, "disable_compile": True, "pad_token_id": 0}
     prefill: list[float] = []
     decode: list[float] = []
@@ -69,16 +69,17 @@ def time_generation(model: Any, prompt: Tensor, new_tokens: int, repeats: int) -
     return Times(prefill, decode, first)
 
 
-def static_cache(model: Any, prompts: int, length: int) -> Any:
-    """transformers' static cache for so many prompts and tokens, which reset() makes ready for the next ones.
+def static_cache(model: Any, prompt: Tensor, length: int) -> Any:
+    """transformers' static cache for prompts like this one and `length` tokens; reset() makes it ready for others.
 
-    It lies in memory before a graph sees it. One that generate() makes comes to be inside the graph of the prefill, and
-    then CUDA graphs, which do not know its addresses as fixed, take neither stage.
+    An uncompiled pass over the first token lets the model shape it, before a graph sees it. One that generate() makes
+    comes to be inside the graph of the prefill, and then CUDA graphs, which do not know its addresses as fixed, take
+    neither stage.
     """
     from transformers import StaticCache
 
-    config = model.config.get_text_config(decoder=True)
-    cache = StaticCache(config=config, max_cache_len=length)
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cache.early_initialization(prompts, config.num_key_value_heads, width, model.dtype, model.device)
+    cache = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=length)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        model(prompt[:, :1], past_key_values=cache)
+    cache.reset()
     return cache

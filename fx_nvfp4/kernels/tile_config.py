@@ -146,7 +146,8 @@ _BY_LOAD: dict[Target, tuple[tuple[float, TileConfig], ...]] = {
         (math.inf, TileConfig(64, 16, 64, 64, num_warps=4, num_stages=2, at_once=8)),
     ),
 }
-# (for few, for more) programs of one weight alone. Hopper's by `python benchmarks/bench_linear.py` on an H100.
+# (for few, for more) programs of one weight alone. Hopper's are by `python benchmarks/bench_linear.py` on an H100, the
+# others are not timed.
 ALONE: dict[Target, tuple[TileConfig, TileConfig]] = {
     "hopper": (
         TileConfig(64, 16, 16, 256, num_warps=4, num_stages=3),
