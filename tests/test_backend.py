@@ -205,6 +205,7 @@ def test_a_warm_cache_skips_the_pass_and_keeps_result_and_report(tmp_path):
     assert run_process(WARM.format(entry=None), tmp_path) == [0, 2, 0, total]
 
 
+@pytest.mark.slow
 def test_models_that_differ_only_in_their_table_share_no_artifact(tmp_path):
     _, _, _, total = run_process(WARM.format(entry=None), tmp_path)
     passes, matched, refused, other = run_process(WARM.format(entry=(5, 3.5)), tmp_path)

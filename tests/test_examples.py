@@ -28,6 +28,7 @@ def test_own_model_is_emulated_and_agrees_with_its_eager_self(tmp_path):
     assert difference < size / 32
 
 
+@pytest.mark.slow  # the README's first command, which CI runs anyway
 def test_generate_matches_the_producer_and_lists_every_packed_weight(tmp_path):
     pytest.importorskip("transformers")
     output = run("generate.py", tmp_path)

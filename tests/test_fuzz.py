@@ -7,10 +7,10 @@ from zoo_weights import PACKINGS
 pytest.importorskip("transformers")  # whose experts are two of the styles
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-COUNT, CHUNKS = 300, 6
+COUNT, CHUNKS = 300, 10
 
 
-# One chunk in the quick tests: each takes a minute.
+# One chunk in the quick tests: each takes most of a minute.
 @pytest.mark.parametrize("chunk", [pytest.param(n, marks=[pytest.mark.slow] * (n > 0)) for n in range(CHUNKS)])
 def test_nothing_is_unexplained(chunk):
     found = list(fuzz.outcomes(chunk * COUNT // CHUNKS, COUNT // CHUNKS))

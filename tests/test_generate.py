@@ -23,8 +23,14 @@ def graphs_of(config):
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("batch", [1, 4])
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n != SMALL.name)) for n in CHECKPOINTS])
+@pytest.mark.parametrize(
+    ("name", "batch"),
+    [
+        pytest.param(n, batch, marks=[pytest.mark.slow] * ((n, batch) != (SMALL.name, 4)))
+        for n in CHECKPOINTS
+        for batch in (1, 4)
+    ],
+)
 def test_tokens_are_those_of_the_uncompiled_model(name, batch, device):
     torch._dynamo.reset()
     model = fx_nvfp4.load(CHECKPOINTS[name], device=device, dtype=torch.float32, progress=False).eval()
