@@ -76,6 +76,14 @@ def test_lora_learns_and_has_the_gradients_of_the_dequantised_model(tmp_path):
     assert float(re.search(r"dequantised model (\S+) of", output)[1]) < 1e-4
 
 
+@pytest.mark.gpu
+def test_a_step_of_lora_takes_less_than_the_dequantised_weights(tmp_path):
+    sizes = ["--experts", "32", "--hidden", "1024", "--inner", "768", "--tokens", "256"]
+    output = run("lora.py", tmp_path, "--device", "cuda", "--dtype", "bfloat16", *sizes)
+    dense, step = re.search(r"packed, ([\d,.]+) MB dequantised\n.*: ([\d,.]+) MB at most", output).groups()
+    assert float(step.replace(",", "")) < float(dense.replace(",", ""))
+
+
 @pytest.mark.slow
 def test_expert_parallel_computes_what_one_process_does(tmp_path):
     pytest.importorskip("transformers")
