@@ -2,11 +2,10 @@
 
     python benchmarks/bench_host.py [--shape qwen3-30b] [--tokens 1 16 256] [--layers 8]
 
-A stack of layers, each a residual, a norm, and routed experts, compiled as one graph. Per way
-and number of tokens, in microseconds a layer, medians: host, until the call returns, with nothing queued before it;
-whole, until the GPU is done. Ways: the op as one call; taken apart in generated code (option ``inline``); each of
-these with CUDA graphs, which replay; and bf16 weights under Inductor. Results are compared with each other before they
-are timed. Needs a GPU.
+A stack of layers, each a residual, a norm, and routed experts, compiled as one graph. Per way and number of tokens, in
+microseconds a layer, medians: host, until the call returns, with nothing queued before it; whole, until the GPU is
+done. Ways: the op as one call; taken apart in generated code (option ``inline``); each of these with CUDA graphs, which
+replay; and bf16 weights under Inductor. Results are compared with each other before they are timed. Needs a GPU.
 """
 
 from __future__ import annotations
@@ -15,10 +14,12 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from moe_layer_parts.data import random_layer
+from moe_layer_parts.data import random_calls, random_layer
+from moe_layer_parts.exact import relative_error
 from moe_layer_parts.experts import GroupedExperts, dense_weight
 from moe_layer_parts.shapes import SHAPES, Shape
 from torch import Tensor, nn
@@ -80,19 +81,17 @@ def times(call: Callable[[], Tensor], repeats: int) -> tuple[float, float]:
 def measure(shape: Shape, tokens: int, models: tuple[Layers, Layers], repeats: int) -> list[tuple[str, ...]]:
     packed, dense = models
     device = packed.norms[0].weight.device
-    x = torch.randn(tokens, shape.hidden, device=device, dtype=torch.bfloat16)
-    scores = torch.rand(tokens, shape.experts, device=device).topk(shape.top)
-    weights = (scores.values / scores.values.sum(dim=-1, keepdim=True)).bfloat16()
+    (given,) = random_calls(shape, tokens, 1, device)
     first: Tensor | None = None
     rows = []
     for name, arguments in WAYS.items():
         torch._dynamo.reset()
         compiled = torch.compile(dense if name.startswith("bf16") else packed, fullgraph=True, **arguments)
-        call = lambda run=compiled: run(x, scores.indices, weights)  # noqa: E731
+        call = partial(compiled, *given)
         for _ in range(4):  # compiles, warms up, records
             y = call().clone()
         first = y if first is None else first
-        error = ((y - first).float().norm() / first.float().norm()).item()
+        error = relative_error(y, first.double())
         if not error < 0.05:
             raise RuntimeError(f"{name}, {tokens} tokens: {error:.2g} away from {next(iter(WAYS))}")
         host, whole = (seconds / len(packed.experts) * 1e6 for seconds in times(call, repeats))

@@ -10,10 +10,12 @@ fp64 products of the exact weights first, and have to be the same twice. Needs a
 from __future__ import annotations
 
 import argparse
+import contextlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import torch
+from moe_layer_parts.exact import relative_error
 from torch import Tensor
 
 from fx_nvfp4 import NVFP4Weight
@@ -21,7 +23,7 @@ from fx_nvfp4.gpu_tiled import linear
 from fx_nvfp4.kernels.tile_config import TileConfig, by_load, for_rows, target_of
 from fx_nvfp4.reference import Activations
 from fx_nvfp4.report_table import table
-from fx_nvfp4.tuning import microseconds
+from fx_nvfp4.tuning import failures, microseconds
 
 CONFIGS = [
     TileConfig(32, 8, 8, 256, 2, 4),
@@ -50,22 +52,19 @@ def measured(x: Tensor, weight: NVFP4Weight, config: TileConfig, want: Tensor) -
         one, other = run(x, weight, config), run(x, weight, config)
         if not torch.equal(one, other):
             return "varies"
-        error = ((one.double() - want).norm() / want.norm()).item()
+        error = relative_error(one, want)
         return microseconds(partial(run, x, weight, config)) if error < 4e-3 else f"off by {error:.1e}"
-    except Exception as error:
+    except failures() as error:
         return f"{type(error).__name__}: {error}"
 
 
 def compile_all(x: Tensor, weight: NVFP4Weight) -> None:
+    def attempt(config: TileConfig) -> None:
+        with contextlib.suppress(*failures()):  # comes again, and is shown
+            run(x, weight, config)
+
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda config: measured_quietly(x, weight, config), CONFIGS))
-
-
-def measured_quietly(x: Tensor, weight: NVFP4Weight, config: TileConfig) -> None:
-    try:
-        run(x, weight, config)
-    except Exception:
-        return  # comes again, and is shown
+        list(pool.map(attempt, CONFIGS))
 
 
 def text(time: float | str) -> str:

@@ -15,7 +15,7 @@ import torch
 from .benchmark import Settings, Study, opened
 from .benchmark import measure as bench
 from .benchmark.plot import save_plot as save_bench_plot
-from .benchmark.table import render_bench
+from .benchmark.table import prompts_text, render_bench
 from .benchmark.ways import WAYS
 from .checkpoint import CheckpointError, load
 from .checkpoints.inspect import inspect_checkpoint
@@ -112,9 +112,9 @@ def run_bench(args: argparse.Namespace) -> int:
 
 def _tell(study: Study, save: Path | None) -> None:
     row = study.rows[-1]
-    what = f"{row.way}, {row.batch} x {row.tokens} tokens"
+    times = f"first generation {row.first:.1f} s, prefill {row.prefill:.3g} s, a step {row.decode:.3g} s"
     print(
-        f"{what}: first generation {row.first:.1f} s, prefill {row.prefill:.3g} s, a step {row.decode:.3g} s",
+        f"{row.way}, {prompts_text(row.batch, row.tokens)}: {times}",
         file=sys.stderr,
         flush=True,
     )
@@ -240,6 +240,23 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--seed", type=int, default=0)
     made.set_defaults(run=run_make_checkpoint)
 
+    timed = _bench_parser(commands)
+
+    # Nothing begins with that character: all arguments are the harness'.
+    harness = commands.add_parser("lm-eval", help="lm_eval's command line, with the model fx_nvfp4", prefix_chars="\0")
+    harness.add_argument("arguments", nargs="*", help="as lm_eval takes them")
+    harness.set_defaults(run=run_lm_eval)
+
+    for command in (explained, faithful, timed):
+        command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    for command in (inspect, explained, faithful, timed):
+        command.add_argument("--json", action="store_true", help="data instead of a table")
+    for command in (inspect, explained):
+        command.add_argument("--strict", action="store_true", help="exit with 1 on problems or refused sites")
+    return parser
+
+
+def _bench_parser(commands: Any) -> argparse.ArgumentParser:
     timed = commands.add_parser(
         "bench", help="time prefill and decoding, beside 16-bit weights and dequantisation in the graph", epilog=_EXIT
     )
@@ -258,16 +275,4 @@ def _parser() -> argparse.ArgumentParser:
     timed.add_argument("--plot", type=Path, metavar="FILE", help="draw it too; needs matplotlib")
     timed.add_argument("--save", type=Path, metavar="FILE", help="what --json prints, saved after every measurement")
     timed.set_defaults(run=run_bench)
-
-    # Nothing begins with that character: all arguments are the harness'.
-    harness = commands.add_parser("lm-eval", help="lm_eval's command line, with the model fx_nvfp4", prefix_chars="\0")
-    harness.add_argument("arguments", nargs="*", help="as lm_eval takes them")
-    harness.set_defaults(run=run_lm_eval)
-
-    for command in (explained, faithful, timed):
-        command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    for command in (inspect, explained, faithful, timed):
-        command.add_argument("--json", action="store_true", help="data instead of a table")
-    for command in (inspect, explained):
-        command.add_argument("--strict", action="store_true", help="exit with 1 on problems or refused sites")
-    return parser
+    return timed

@@ -46,10 +46,11 @@ def _tiles(match: Match) -> str:
     """Of a weight in tiles. The configuration goes by the count of tokens at each call."""
     target = target_of_device(torch.cuda.current_device())
     config = for_rows(match.rows, match.n, target) if match.op == "linear" else by_load(match.rows, target)
-    tuned = "the fastest of those timed at the first call" if tuning.enabled() else "default, or tuned before"
     if match.op != "moe":  # blocks alone are tuned
-        tuned = "default"
-    return f"Triton tiles: {config.text} ({tuned})"
+        chosen = "default"
+    else:
+        chosen = "the fastest of those timed at the first call" if tuning.enabled() else "default, or tuned before"
+    return f"Triton tiles: {config.text} ({chosen})"
 
 
 def _written(parameters: Mapping[str, int]) -> str:

@@ -182,11 +182,11 @@ def measure(problem: Problem, tokens: int, target: Target, run: Callable[[TileCo
 
 
 def _attempt(run: Callable[[TileConfigs], Tensor], configs: TileConfigs) -> None:
-    with contextlib.suppress(*_failures()):
+    with contextlib.suppress(*failures()):
         run(configs)
 
 
-def _failures() -> tuple[type[Exception], ...]:
+def failures() -> tuple[type[Exception], ...]:
     """What a configuration that a GPU cannot run raises."""
     import triton  # not needed on a CPU
 
@@ -203,7 +203,7 @@ def _try(config: TileConfig, direct: bool, run: Callable[[TileConfigs], Tensor],
         if not error < 1e-2:
             return Measured(config, direct, None, f"its result differs by {error:.1e}")
         return Measured(config, direct, microseconds(lambda: run(configs)))
-    except _failures() as error:
+    except failures() as error:
         return Measured(config, direct, None, f"{type(error).__name__}: {str(error).splitlines()[0][:120]}")
 
 

@@ -114,9 +114,7 @@ CONFIGS = [
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
-@pytest.mark.parametrize(
-    "sizes", [(128, 64), (64, 192), pytest.param((320, 128), marks=pytest.mark.slow)], ids=lambda sizes: str(sizes)
-)
+@pytest.mark.parametrize("sizes", [(128, 64), (64, 192), pytest.param((320, 128), marks=pytest.mark.slow)], ids=str)
 def test_every_configuration_with_uneven_experts(config, sizes, device):
     """Empty experts, one with most tokens, slots of nobody, sizes that do not fill a tile of the product."""
     block = make(experts=5, hidden=sizes[0], inner=sizes[1], device=device)
