@@ -492,12 +492,15 @@ def test_sums_in_fp32_that_are_used_in_fp32_are_not_rounded(change, dtype):
     lifted(model, dtype=dtype)
     run = torch.compile(model, backend="nvfp4_emu", options={"codegen": False})
     with torch.no_grad():
-        weights, ids = top_k(model, x)
+        result, (weights, ids) = run(x), top_k(model, x)
         parts = [(getattr(model, f"{w}_q"), getattr(model, f"{w}_s"), getattr(model, f"{w}_g")) for w in ("up", "down")]
         ups, down = [[part] for part in parts[0]], parts[1]
+        if torch.__version__ < "2.12":  # its Inductor drops a cast that the next one takes back, of the router's weights here
+            chosen = F.linear(x, model.router).float().softmax(dim=-1).gather(1, ids)
+            weights = chosen / chosen.sum(dim=-1, keepdim=True)
         sums = ops.moe(x, ids, weights, *ups, *down, "silu(g) * u", "concatenated", out_dtype=torch.float32)
         assert not torch.equal(sums, sums.to(dtype).float())
-        torch.testing.assert_close(run(x), change(sums, x), rtol=0, atol=1e-6 if change(sums, x).dtype != dtype else 0)
+        torch.testing.assert_close(result, change(sums, x), rtol=0, atol=1e-6 if result.dtype != dtype else 0)
 
 
 def test_sums_in_fp64_stay_apart():

@@ -123,6 +123,7 @@ def test_gate_and_up_share_a_scale_or_have_their_own():
         model = transformers_model("Mixtral")
         experts = model.model.layers[0].mlp.experts
         experts.gate_up_proj[:, :INNER] *= 8
+        experts.gate_up_proj[:, 0, 0] = torch.arange(8.0, 8.0 + EXPERTS)  # the largest, another in each
         quantize_(model, NVFP4Config(global_scale=rule))
         scale = model.model.layers[0].mlp.experts.gate_up_proj.global_scale
         gate, up = scale[:, :INNER], scale[:, INNER:]
@@ -147,8 +148,10 @@ def test_interleaved_gate_and_up_are_told_apart():
 def test_layers_that_engines_fuse_share_a_scale():
     for rule, several in (("fused", 1), ("projection", 3)):
         model = transformers_model("Qwen3Moe")
-        quantize_(model, NVFP4Config(global_scale=rule))
         attention = model.model.layers[0].self_attn
+        for largest, name in enumerate("qkv", start=8):
+            getattr(attention, f"{name}_proj").weight[0, 0] = largest
+        quantize_(model, NVFP4Config(global_scale=rule))
         found = {float(getattr(attention, f"{n}_proj").weight.global_scale[0]) for n in "qkv"}
         assert len(found) == several
         listed = ListOfExperts()

@@ -179,7 +179,9 @@ def test_scales_that_no_reciprocal_leads_back_to_are_told(tmp_path, caplog):
     # A multiplier of ModelOpt's may have none; the hardware's rule chooses one that has.
     for dialect, told in (("modelopt", True), ("hardware", False), ("compressed-tensors", False)):
         caplog.clear()
-        save(quantized(transformers_model("Mixtral"), dialect=dialect), tmp_path, "compressed-tensors")
+        model = transformers_model("Mixtral")
+        model.model.layers[0].mlp.experts.down_proj[0, 0, 0] = 4.125  # no fp32 number's reciprocal is 4.125 / (6 * 448)
+        save(quantized(model, dialect=dialect), tmp_path, "compressed-tensors")
         assert ("move by a unit in the last place" in caplog.text) == told
 
 
