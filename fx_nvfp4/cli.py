@@ -98,8 +98,11 @@ def run_bench(args: argparse.Namespace) -> int:
     device = _device(args.device)
     try:
         settings = Settings(
-            args.tokens, args.new_tokens, args.batch, args.repeats, args.activations, args.mode, args.ways
-        )
+            args.tokens, args.new_tokens, args.batch, args.repeats, args.activations, args.mode, args.ways,
+            args.by_layer, args.record,
+        )  # fmt: skip
+        if args.record and device.type != "cuda":
+            raise UsageError("bench: --record needs a CUDA device")
         with opened(args.model) as folder:
             study = bench(folder, settings, device, _name(args.model), lambda study: _tell(study, args.save))
         if args.plot:
@@ -272,6 +275,10 @@ def _bench_parser(commands: Any) -> argparse.ArgumentParser:
     timed.add_argument("--activations", choices=["checkpoint", "none"], default="checkpoint")
     timed.add_argument("--mode", default="default", help="of torch.compile")
     timed.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), help="default all")
+    timed.add_argument(
+        "--by-layer", action="store_true", help="compile layers that are alike once, not the whole model"
+    )
+    timed.add_argument("--record", action="store_true", help="replay each step of decoding as one CUDA graph")
     timed.add_argument("--plot", type=Path, metavar="FILE", help="draw it too; needs matplotlib")
     timed.add_argument("--save", type=Path, metavar="FILE", help="what --json prints, saved after every measurement")
     timed.set_defaults(run=run_bench)

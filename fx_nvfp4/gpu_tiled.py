@@ -18,7 +18,7 @@ from .kernels import moe as moe_kernels
 from .kernels.entry import enter
 from .kernels.grouped import row_groups
 from .kernels.tile_config import TileConfig, TileConfigs, by_load, for_rows, target_of
-from .kernels.tile_table import batches_in_tiles, sort_into_tiles
+from .kernels.tile_table import sort_into_tiles
 from .kernels.tiled_down import down
 from .kernels.tiled_operands import Routing, Rows, TiledOperand
 from .kernels.tiled_up import up as up_product
@@ -97,20 +97,21 @@ def linear(
     rows = x.reshape(-1, x.shape[-1])
     weight = TiledOperand(words.unsqueeze(0), scales.unsqueeze(0), global_scale.unsqueeze(0), None)
     config = config or for_rows(len(rows), weight.n, target_of(x))
-    table = batches_in_tiles(1, len(rows), config.largest, x.device)
     # The activations' scale is one for all, so nobody asks whose rows they are.
-    entered = _enter(rows, act, Slots(table[:0], table[:0], 1), None, False, True)
-    return down(entered, weight, Routing(table, len(rows)), config).view(*x.shape[:-1], weight.n)
+    entered = _enter(rows, act, None, None, False, True)
+    return down(entered, weight, Routing(None, len(rows), 1), config).view(*x.shape[:-1], weight.n)
 
 
 def batched(x: Tensor, words: Tensor, scales: Tensor, global_scale: Tensor, act: Activations) -> Tensor:
     """x [E, M, K] by the weight of each expert -> [E, M, N]."""
     experts, rows, k = x.shape
     config = by_load(rows, target_of(x))
-    table = batches_in_tiles(experts, rows, config.largest, x.device)
-    ids = torch.arange(experts, device=x.device).repeat_interleave(rows).unsqueeze(1) if act.needs_experts else table
-    entered = _enter(x.reshape(-1, k), act, Slots(ids, ids, experts), None, act.needs_experts, True)
-    y = down(entered, TiledOperand(words, scales, global_scale, None), Routing(table, experts * rows), config)
+    slots = None
+    if act.needs_experts:
+        ids = torch.arange(experts, device=x.device).repeat_interleave(rows).unsqueeze(1)
+        slots = Slots(ids, ids, experts)
+    entered = _enter(x.reshape(-1, k), act, slots, None, act.needs_experts, True)
+    y = down(entered, TiledOperand(words, scales, global_scale, None), Routing(None, experts * rows, experts), config)
     return y.view(experts, rows, y.shape[-1])
 
 
@@ -119,7 +120,7 @@ def indexed(x: Tensor, words: Tensor, scales: Tensor, global_scale: Tensor, ids:
     weight = TiledOperand(words, scales, global_scale, None)
     slots = Slots(ids.unsqueeze(1), ids.unsqueeze(1), len(words))
     config = by_load(len(x) / len(words), target_of(x))
-    routing = Routing(sort_into_tiles(slots.ids, len(words), config.largest), len(x))
+    routing = Routing(sort_into_tiles(slots.ids, len(words), config.largest), len(x), len(words))
     entered = _enter(x, act, slots, None, act.needs_experts, True)
     return down(entered, weight, routing, config, everyone=False)
 
@@ -132,26 +133,38 @@ def grouped(x: Tensor, words: Tensor, scales: Tensor, global_scale: Tensor, offs
 def _route(slots: Slots, configs: TileConfigs) -> Routing:
     ids = slots.ids
     table = ids.reshape(-1) if configs.direct else sort_into_tiles(ids, slots.experts, configs.up.largest)
-    return Routing(table, ids.numel())
+    return Routing(table, ids.numel(), slots.experts)
 
 
-def _enter(x: Tensor, act: Activations, slots: Slots, weights: Tensor | None, apart: bool, permute: bool) -> Rows:
-    """Rows of x, or of the slots if apart, and the scale of the sum; exact where activations are quantised."""
+def _enter(
+    x: Tensor, act: Activations, slots: Slots | None, weights: Tensor | None, apart: bool, permute: bool
+) -> Rows:
+    """Rows of x, or of the slots if apart, and the scale of the sum; exact where activations are quantised.
+
+    Without slots one scale is for all rows, or found from them.
+    """
     if act.mode == "none" and not permute and weights is None and not apart:
         return Rows(x if x.is_contiguous() else x.contiguous(), False, None)
     static = act.mode == "static" and act.dialect == "hardware"
     if act.mode == "none" or static:
         scale = act.scale if static else None
-        return Rows(enter(x, slots.ids, slots.experts, weights, scale, apart, permute), permute, scale)
-    if apart:
+        return Rows(_entered(x, slots, weights, scale, apart, permute), permute, scale)
+    if apart and slots is not None:
         x = x if slots.ids.shape[1] == 1 else x.repeat_interleave(slots.ids.shape[1], dim=0)
         x = x if weights is None else (x.float() * weights.reshape(-1, 1).float()).to(x.dtype)
         slots = slots.by_itself
-    group = slots.ids.reshape(-1) if apart else None
-    scale = act.scale_of_groups(x, group, slots.experts)
+    group, experts = (slots.ids.reshape(-1), slots.experts) if apart and slots is not None else (None, 1)
+    scale = act.scale_of_groups(x, group, experts)
     if act.dialect == "hardware":
-        return Rows(enter(x, slots.ids, slots.experts, None, scale, apart, permute), permute, scale)
-    return Rows(enter(act.enter_rows(x, group, slots.experts)[0], permute=permute), permute, scale)
+        return Rows(_entered(x, slots, None, scale, apart, permute), permute, scale)
+    return Rows(enter(act.enter_rows(x, group, experts)[0], permute=permute), permute, scale)
+
+
+def _entered(
+    x: Tensor, slots: Slots | None, weights: Tensor | None, scale: Tensor | None, apart: bool, permute: bool
+) -> Tensor:
+    ids, experts = (None, 1) if slots is None else (slots.ids, slots.experts)
+    return enter(x, ids, experts, weights, scale, apart, permute)
 
 
 def _operand(p: Projection, rows: slice | None = None, tiles: slice | None = None) -> TiledOperand:

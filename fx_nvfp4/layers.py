@@ -32,7 +32,7 @@ def compile_layers(model: nn.Module, **how: Any) -> int:
     """
     layers = list(_layers(model))
     limit = torch._dynamo.config.recompile_limit
-    # Layers that are not alike count as recompilations of one function; beyond the limit torch would run them uncompiled.
+    # Layers that are not alike count as recompilations of one function; beyond the limit they would run uncompiled.
     torch._dynamo.config.recompile_limit = max(limit, 4 * len(layers))
     how.setdefault("backend", "nvfp4_emu")
     compiled = {kind: torch.compile(kind.forward, **how) for kind in {type(layer) for layer in layers}}
@@ -79,7 +79,7 @@ def _is_split(cache: Any, number: int) -> bool:
     return number < len(getattr(cache, "layers", ())) and not getattr(cache, "offloading", False)
 
 
-def _layers(model: nn.Module) -> Iterator[nn.Module]:
+def _layers(model: Any) -> Iterator[nn.Module]:
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     layers = getattr(decoder, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not len(layers):

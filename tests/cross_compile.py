@@ -100,8 +100,12 @@ def compile_kernel(kernel: Any, arguments: dict[str, Any], dtype: str, target: G
     options = {name: arguments.pop(name) for name in ("num_warps", "num_stages") if name in arguments}
     names = kernel.arg_names
     signature = {name: "constexpr" if name in arguments else argument_type(name, dtype) for name in names}
-    aligned = re.compile(r".*_ptr|stride_x.|stride_q.|stride_we|K")
-    attrs = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if aligned.fullmatch(name)}
+    aligned = re.compile(r".*_ptr|stride_x.|stride_q.|stride_we|K|N")
+    attrs = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if name not in arguments and aligned.fullmatch(name)
+    }
     constants = {(names.index(name),): value for name, value in arguments.items()}
     return triton.compile(ASTSource(kernel, signature, constants, attrs), target=target, options=options)
 

@@ -12,12 +12,7 @@ from fx_nvfp4.kernels.config import ENTRY_BLOCK, TABLE_BLOCK, TABLE_COUNTED, TAB
 from fx_nvfp4.kernels.entry import entry_kernel
 from fx_nvfp4.kernels.fragments import decode_form
 from fx_nvfp4.kernels.tile_config import ALONE, Target, TileConfig, by_load, choose
-from fx_nvfp4.kernels.tile_table import (
-    count_blocks_kernel,
-    table_kernel,
-    table_of_batches_kernel,
-    table_of_counts_kernel,
-)
+from fx_nvfp4.kernels.tile_table import count_blocks_kernel, table_kernel, table_of_counts_kernel
 from fx_nvfp4.kernels.tiled_down import tiled_down_kernel
 from fx_nvfp4.kernels.tiled_up import tiled_up_kernel
 
@@ -47,7 +42,6 @@ def others(target: GPUTarget) -> Iterator[tuple[str, Any, dict[str, Any]]]:
     yield "table", table_kernel, {**table, "TOKENS": 16, "SLOTS": TABLE_SLOTS_AT_ONCE}
     yield "count blocks", count_blocks_kernel, {**table, "BLOCK": TABLE_COUNTED}
     yield "table of counts", table_of_counts_kernel, {**table, "TOKENS": 128, "STEP": 4096 // GROUPS}
-    yield "table of batches", table_of_batches_kernel, {"TOKENS": 64, "PDL": pdl}
     yield (
         "entry",
         entry_kernel,
@@ -64,8 +58,10 @@ def compile_tiled(targets: list[str], full: bool) -> list[dict[str, Any]]:
         chosen.append(("one token", choose(1, 8, 128, kind).up, True))
         for dtype in ("bf16", "fp16") if full else ("bf16",):
             calls = [(f"{k}, {what}", *rest) for what, *c in chosen for k, *rest in products(target, *c)]
+            batches = {**product_constants(target, by_load(LOADS[-1], kind), False), "table_ptr": None}
+            calls.append((f"tiled down, batches of {LOADS[-1]}", tiled_down_kernel, batches))
             if kind == "hopper":  # the others' are among those above
-                alone = [product_constants(target, config, False) for config in ALONE[kind]]
+                alone = [{**product_constants(target, config, False), "table_ptr": None} for config in ALONE[kind]]
                 names = ("few rows by one weight", "more rows by one weight")
                 calls += [(f"tiled down, {n}", tiled_down_kernel, c) for n, c in zip(names, alone, strict=True)]
             for kernel, function, constants in (*calls, *others(target)):

@@ -26,7 +26,7 @@ from fx_nvfp4.kernels.entry import enter
 from fx_nvfp4.kernels.routing import sort_slots
 from fx_nvfp4.kernels.tile_candidates import candidates
 from fx_nvfp4.kernels.tile_config import ALONE, Target, TileConfig, TileConfigs, by_load, choose, target_of_device
-from fx_nvfp4.kernels.tile_table import batches_in_tiles, sort_into_tiles
+from fx_nvfp4.kernels.tile_table import sort_into_tiles
 from fx_nvfp4.prepack import permute_k, prepack
 from fx_nvfp4.reference import Activations
 
@@ -290,7 +290,7 @@ CANONICAL: dict[str, Callable[[bool], Checks]] = {
 
 
 def table(quick: bool) -> Checks:
-    """Tiles of sorted slots, and of batches."""
+    """Tiles of sorted slots."""
     for slots in (0, 1, 65, 300, *(() if quick else (TABLE_SLOTS_AT_ONCE + 2,))):
         for pattern in PATTERNS:
             for tokens in (8, 64):
@@ -302,13 +302,6 @@ def table(quick: bool) -> Checks:
                     assert found == {e: s for e in range(EXPERTS) if (s := (flat == e).nonzero().flatten().tolist())}
 
                 yield f"{slots} slots, {pattern}, {tokens} a tile", check
-    for rows in (0, 1, 17):
-
-        def check_batches(device, rows=rows):
-            found = slots_by_expert(batches_in_tiles(3, rows, 8, torch.device(device)))
-            assert found == {e: list(range(e * rows, (e + 1) * rows)) for e in range(3) if rows}
-
-        yield f"3 batches of {rows} rows", check_batches
 
 
 def slots_by_expert(tiles: Tensor) -> dict[int, list[int]]:

@@ -495,7 +495,7 @@ def test_sums_in_fp32_that_are_used_in_fp32_are_not_rounded(change, dtype):
         result, (weights, ids) = run(x), top_k(model, x)
         parts = [(getattr(model, f"{w}_q"), getattr(model, f"{w}_s"), getattr(model, f"{w}_g")) for w in ("up", "down")]
         ups, down = [[part] for part in parts[0]], parts[1]
-        if torch.__version__ < "2.12":  # its Inductor drops a cast that the next one takes back, of the router's weights here
+        if torch.__version__ < "2.12":  # Inductor drops the cast of the router's weights, as the next takes it back
             chosen = F.linear(x, model.router).float().softmax(dim=-1).gather(1, ids)
             weights = chosen / chosen.sum(dim=-1, keepdim=True)
         sums = ops.moe(x, ids, weights, *ups, *down, "silu(g) * u", "concatenated", out_dtype=torch.float32)

@@ -68,9 +68,10 @@ ALLOWED = {
     },
     "random_checkpoint": {"checkpoints", "format", "random_checkpoint"},
     "benchmark": {
-        *("benchmark", "checkpoint", "checkpoints", "faithfulness", "format", "parameters", "random_checkpoint"),
-        *("report_table", "tensor"),
+        *("benchmark", "checkpoint", "checkpoints", "faithfulness", "format", "layers", "parameters"),
+        *("random_checkpoint", "report_table", "tensor"),
     },
+    "layers": set(),
     "lm_harness": {"checkpoint", "prepare"},
     "cli": {
         *("benchmark", "checkpoint", "checkpoints", "dialects", "explain", "faithfulness", "inspect_table"),

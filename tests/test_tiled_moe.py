@@ -196,6 +196,19 @@ def test_products_of_other_ops(op, mode, device):
     assert torch.equal(out == 0, expected == 0)
 
 
+@pytest.mark.parametrize("op", ["linear", "batched"])
+def test_rows_of_several_tiles_need_no_table(op, device):
+    """300 rows are three tiles of an expert, the last not full, and only their place says whose they are."""
+    p = projection(2, 64, 64, device)
+    if op == "linear":
+        p = dataclasses.replace(p, qdata=p.qdata[0], block_scale=p.block_scale[0], global_scale=p.global_scale[0])
+    x = torch.randn(*((2, 300) if op == "batched" else (300,)), 64, device=device).bfloat16()
+    act = activations("none", "hardware", False, 2, device)
+    expected = getattr(reference, op)(x, *p.weight, act)
+    out = getattr(gpu_tiled, op)(x, *tiled(p).weight, act)
+    torch.testing.assert_close(out, expected, rtol=2e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize("experts", [3, 130])
 @pytest.mark.parametrize("tokens", [1, 200, 3000])
 def test_table_names_every_slot_once_in_rising_order(tokens, experts, device):

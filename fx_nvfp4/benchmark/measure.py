@@ -13,11 +13,13 @@ import torch
 import torch._inductor
 from torch import Tensor
 
+from ..layers import compile_layers, uncompile_layers
 from .loading import Loading, measured_load, model_bytes, release
+from .recorded import RecordedSteps
 from .timing import time_generation
-from .ways import WAYS, Way
+from .ways import WAYS, Way, experts_of
 
-SCHEMA = 2  # of Study.to_dict(); a change that breaks readers counts it up
+SCHEMA = 3  # of Study.to_dict(); a change that breaks readers counts it up
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class Settings:
         activations: "checkpoint", or "none" to run the packed way weight-only.
         mode: torch.compile's, for all ways.
         ways: names in :data:`ways.WAYS`.
+        by_layer: compile the layers, which are alike, and not the model as a whole; for all ways.
+        record: each step of decoding is one CUDA graph of the whole forward pass; for all ways, on a GPU.
     """
 
     tokens: Sequence[int] = (128, 1024)
@@ -41,6 +45,8 @@ class Settings:
     activations: str = "checkpoint"
     mode: str = "default"
     ways: Sequence[str] = tuple(WAYS)
+    by_layer: bool = False
+    record: bool = False
 
     def __post_init__(self) -> None:
         for name, value in (("new_tokens", self.new_tokens), ("repeats", self.repeats)):
@@ -51,6 +57,8 @@ class Settings:
         for name, values in (("tokens", self.tokens), ("batch", self.batch)):
             if not values or min(values) < 1:
                 raise ValueError(f"{name} must be at least 1, got {list(values)}")
+        if self.record and (graphs := torch._inductor.list_mode_options(self.mode).get("triton.cudagraphs")):
+            raise ValueError(f"mode {self.mode} records CUDA graphs by itself (cudagraphs={graphs}): give no record")
 
 
 @dataclass(frozen=True)
@@ -134,13 +142,16 @@ def measure(
 def _time(model: Any, way: Way, batch: int, tokens: int, settings: Settings, device: torch.device) -> Row:
     torch._dynamo.reset()  # each length is compiled for itself: none gets code for sizes of any kind
     release(device)
-    options = {**torch._inductor.list_mode_options(settings.mode), **dict(way.options)}
-    forward, model.forward = model.forward, torch.compile(model.forward, backend=way.backend, options=options)
+    forward = model.forward
     try:
+        _compile(model, way, settings)
         prompt = _prompt(model, batch, tokens, device)
-        times = time_generation(model, prompt, settings.new_tokens, settings.repeats)
+        with experts_of(way, model):
+            times = time_generation(model, prompt, settings.new_tokens, settings.repeats)
     finally:
         model.forward = forward
+        if settings.by_layer:
+            uncompile_layers(model)
     return Row(
         way.name,
         batch,
@@ -153,6 +164,19 @@ def _time(model: Any, way: Way, batch: int, tokens: int, settings: Settings, dev
         size=model_bytes(model),
         peak=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0,
     )
+
+
+def _compile(model: Any, way: Way, settings: Settings) -> None:
+    how: dict[str, Any] = {
+        "backend": way.backend,
+        "options": {**torch._inductor.list_mode_options(settings.mode), **dict(way.options)},
+    }
+    if settings.by_layer:
+        compile_layers(model, **how)
+    else:
+        model.forward = torch.compile(model.forward, **how)
+    if settings.record:
+        model.forward = RecordedSteps(model.forward)
 
 
 def _prompt(model: Any, batch: int, tokens: int, device: torch.device) -> Tensor:

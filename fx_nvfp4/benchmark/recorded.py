@@ -1,4 +1,4 @@
-"""Steps of decoding as CUDA graphs of the whole forward pass, so that what the host does between kernels is not in them."""
+"""Steps of decoding as CUDA graphs of the whole forward pass: without what the host does between kernels."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class RecordedSteps:
         self._seen: set[Any] = set()
         self._steps: dict[Any, _Step] = {}
 
-    def __call__(self, **kwargs: Any) -> Any:
-        if kwargs["input_ids"].shape[1] != 1:
-            return self._forward(**kwargs)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs["input_ids"].shape[1] != 1:
+            return self._forward(*args, **kwargs)
         leaves, form = tree_flatten(kwargs)
         alike = str(form), *(_kind(leaf) for leaf in leaves)
         if alike not in self._seen:

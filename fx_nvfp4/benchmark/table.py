@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..report_table import table
 from .loading import Loading
-from .measure import Row, Study
+from .measure import Row, Settings, Study
 
 _HEADER = (
     "prompts",
@@ -22,8 +22,10 @@ _HEADER = (
 
 _LEGEND = (
     "medians of the forward passes of generate() with a static cache; first: the first generation, which compiles;",
-    "packed: nvfp4_emu; 16-bit: weights dequantised beforehand, in-graph: at each use; both compiled by Inductor, with",
-    "activations that are not rounded; peak: most memory that was allocated on the device, caches included",
+    "packed: nvfp4_emu; 16-bit: weights dequantised beforehand, in-graph: at each use; these compiled by Inductor,",
+    "with activations that are not rounded and experts by grouped_mm; bmm: experts as generate() on a GPU takes them",
+    "for decoding, by a batched product on copies of their weights; peak: most memory that was allocated on the",
+    "device, caches included",
 )
 
 
@@ -40,13 +42,18 @@ def render_bench(study: Study) -> str:
     s = study.settings
     return "\n".join(
         [
-            f"{study.model}, {s.new_tokens} new tokens, {_ACTIVATIONS[s.activations]}, mode {s.mode}",
+            f"{study.model}, {s.new_tokens} new tokens, {_ACTIVATIONS[s.activations]}, {_how(s)}",
             *table([_HEADER, *rows]),
             *_LEGEND,
             _loading(study.loading),
             f"measured on {study.device}, torch {study.torch}",
         ]
     )
+
+
+def _how(settings: Settings) -> str:
+    whole = "layers compiled" if settings.by_layer else "compiled as a whole"
+    return f"{whole}, mode {settings.mode}" + (", steps recorded as CUDA graphs" if settings.record else "")
 
 
 def _loading(loading: Loading) -> str:

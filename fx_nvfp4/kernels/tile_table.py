@@ -126,29 +126,6 @@ def table_of_counts_kernel(
         before += tl.histogram(expert, GROUPS)
 
 
-@triton.jit(do_not_specialize=["rows", "tiles_of_group"])
-def table_of_batches_kernel(table_ptr, rows, tiles_of_group, TOKENS: tl.constexpr, PDL: tl.constexpr):
-    """One program for each tile of groups of `rows` rows each."""
-    wait_for_inputs(PDL)
-    tile = tl.program_id(0)
-    group, first = tile // tiles_of_group, tile % tiles_of_group * TOKENS
-    row = table_ptr + tile * (HEADER + TOKENS)
-    tl.store(row, group)
-    tl.store(row + 1, tl.minimum(rows - first, TOKENS))
-    place = tl.arange(0, TOKENS)
-    tl.store(row + HEADER + place, group * rows + first + place)
-
-
-def batches_in_tiles(groups: int, rows: int, tokens: int, device: torch.device) -> Tensor:
-    """The table of sort_into_tiles for `groups` of `rows` rows each, one after the other."""
-    tiles = cdiv(rows, tokens)
-    table = torch.empty(groups * tiles, HEADER.value + tokens, dtype=torch.int32, device=device)
-    if len(table):
-        constants = {"TOKENS": tokens, **dependent_launch(table)}
-        launch(table_of_batches_kernel, len(table), table, rows, tiles, writes=_TABLE, **constants)
-    return table
-
-
 def sort_into_tiles(ids: Tensor, experts: int, tokens: int) -> Tensor:
     """ids int32 or int64 [T, A] -> table int32 [tiles, 4 + tokens] of its slots, t * A + a.
 

@@ -15,8 +15,8 @@ from .tiled_work import find_tile, find_work, first_chunks, is_for, row_scale, s
 
 @triton.jit
 def down_tile(
-    slots_ptr,
-    tile,
+    table_ptr,
+    first,
     count,
     out_ptr,
     x_ptr,
@@ -43,7 +43,7 @@ def down_tile(
 ):
     """The tile's rows of out; pointers to scales and biases are the expert's own."""
     dtype: tl.constexpr = out_ptr.dtype.element_ty
-    slots, mask = slots_of_tile(slots_ptr, tile, count, TOKENS, DIRECT)
+    slots, mask = slots_of_tile(table_ptr, first, count, TOKENS, DIRECT)
     x_ptrs = x_ptr + slots * K
     scale = row_scale(global_scale_ptr, stride_gn, output, N, factor)
     acc = product(
@@ -54,7 +54,7 @@ def down_tile(
     tl.store(ptrs, tl.trans(y.to(dtype)), mask=mask[:, None] & (output < N)[None, :])
 
 
-@triton.jit(do_not_specialize=["tiles", "parts", "experts", "stride_ie"])
+@triton.jit(do_not_specialize=["tiles", "parts", "experts", "batch", "stride_ie"])
 def tiled_down_kernel(
     table_ptr,
     out_ptr,
@@ -67,6 +67,7 @@ def tiled_down_kernel(
     tiles,
     parts,
     experts,
+    batch,
     N,
     K,
     stride_we,
@@ -89,9 +90,9 @@ def tiled_down_kernel(
     PREFETCHED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """out[slot, :N] = row `slot` of x, permuted, by the slot's expert."""
+    """out[slot, :N] = row `slot` of x, permuted, by the slot's expert; without a table each has the next `batch`."""
     tile, part = find_work(tiles, parts, AT_ONCE)
-    expert, count, slots_ptr = find_tile(table_ptr, tile, SMALLEST << (BODIES - 1), DIRECT)
+    expert, count, first = find_tile(table_ptr, tile, batch, SMALLEST << (BODIES - 1), DIRECT)
     if (count == 0) | (expert < 0) | (expert >= experts):
         wait_for_inputs(PDL)
         return
@@ -109,8 +110,8 @@ def tiled_down_kernel(
     for body in tl.static_range(BODIES):
         if is_for(count, SMALLEST << body, SMALLEST):
             down_tile(
-                slots_ptr,
-                tile,
+                table_ptr,
+                first,
                 count,
                 out_ptr,
                 x_ptr,
@@ -150,18 +151,19 @@ def down(rows: Rows, weight: TiledOperand, routing: Routing, config: TileConfig,
     out = x.new_empty(routing.slots, weight.n) if everyone else x.new_zeros(routing.slots, weight.n)
     if out.numel() == 0:
         return out
-    parts = cdiv(weight.n, config.rows)
+    tiles, parts = routing.tiles(config.largest), cdiv(weight.n, config.rows)
     launch(
         tiled_down_kernel,
-        len(routing.table) * parts,
+        tiles * parts,
         routing.table,
         out,
         x,
         *weight.pointers(),
         rows.scale,
-        len(routing.table),
+        tiles,
         parts,
         len(weight.words),
+        routing.slots // len(weight.words) if routing.table is None else 0,
         weight.n,
         weight.k,
         *weight.strides(),

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .fragments import form_of
 from .launch import dependent_launch
-from .sizes import next_power_of_2
+from .sizes import cdiv, next_power_of_2
 from .tile_config import TileConfig, needs_wait
 
 
@@ -73,12 +73,20 @@ def _describe(t: Tensor | None) -> str:
 class Routing(NamedTuple):
     """Which slots each tile holds."""
 
-    table: Tensor  # of sort_into_tiles, or the ids of the slots, each of which is then a tile
+    # Of sort_into_tiles, or the ids of the slots, each of which is then a tile; None: as many of each expert in turn.
+    table: Tensor | None
     slots: int
+    experts: int
 
     @property
     def direct(self) -> bool:
-        return self.table.ndim == 1
+        return self.table is not None and self.table.ndim == 1
+
+    def tiles(self, largest: int) -> int:
+        """How many there are, of up to `largest` slots each."""
+        if self.table is not None:
+            return len(self.table)
+        return self.experts * cdiv(self.slots // self.experts, largest)
 
 
 class Rows(NamedTuple):

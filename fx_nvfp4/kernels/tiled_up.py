@@ -22,8 +22,8 @@ from .tiled_work import distance, find_tile, find_work, first_chunks, is_for, ro
 
 @triton.jit
 def up_tile(
-    slots_ptr,
-    tile,
+    table_ptr,
+    first,
     count,
     out_ptr,
     x_ptr,
@@ -58,7 +58,7 @@ def up_tile(
 ):
     """The tile's rows of out; pointers to scales and biases are the expert's own."""
     dtype: tl.constexpr = out_ptr.dtype.element_ty
-    slots, mask = slots_of_tile(slots_ptr, tile, count, TOKENS, DIRECT)
+    slots, mask = slots_of_tile(table_ptr, first, count, TOKENS, DIRECT)
     x_ptrs = x_ptr + slots // slots_per_row * K
     # Read ahead of the product, as nothing else would hide how long it takes.
     scale = row_scale(global_scale_ptr, stride_gn, output, N, factor)
@@ -140,7 +140,7 @@ def tiled_up_kernel(
     if DIRECT:
         wait_for_inputs(PDL)
     tile, part = find_work(tiles, parts, AT_ONCE)
-    expert, count, slots_ptr = find_tile(table_ptr, tile, SMALLEST << (BODIES - 1), DIRECT)
+    expert, count, first = find_tile(table_ptr, tile, 0, SMALLEST << (BODIES - 1), DIRECT)
     if (count == 0) | (expert < 0) | (expert >= experts):
         if not DIRECT:
             wait_for_inputs(PDL)
@@ -175,8 +175,8 @@ def tiled_up_kernel(
     for body in tl.static_range(BODIES):
         if is_for(count, SMALLEST << body, SMALLEST):
             up_tile(
-                slots_ptr,
-                tile,
+                table_ptr,
+                first,
                 count,
                 out_ptr,
                 x_ptr,
@@ -229,6 +229,7 @@ def up(
 
     Args:
         rows: slot s reads row s // slots_per_row.
+        routing: has a table.
         gate: None where there is none; with the words of `weight` where rows of gate and up take turns (interleaved).
         h_scale: float64 activation scale, [] or [E]: h is rounded to NVFP4, code * block_scale.
         permuted: whether to permute h.
@@ -243,10 +244,10 @@ def up(
     if out.numel() == 0:
         return out
     outputs = config.rows if gate is None else config.rows // 2
-    parts = cdiv(weight.n, outputs)
+    tiles, parts = routing.tiles(config.largest), cdiv(weight.n, outputs)
     launch(
         tiled_up_kernel,
-        len(routing.table) * parts,
+        tiles * parts,
         routing.table,
         out,
         x,
@@ -254,7 +255,7 @@ def up(
         *weight.pointers(),
         rows.scale,
         h_scale,
-        len(routing.table),
+        tiles,
         parts,
         slots_per_row,
         len(weight.words),

@@ -19,22 +19,34 @@ def find_work(tiles, parts, AT_ONCE: tl.constexpr):
 
 
 @triton.jit
-def find_tile(table_ptr, tile, LARGEST: tl.constexpr, DIRECT: tl.constexpr):
-    """(expert, number of slots, where they are) of a tile; with DIRECT table holds ids, and every slot is a tile."""
+def find_tile(table_ptr, tile, batch, LARGEST: tl.constexpr, DIRECT: tl.constexpr):
+    """(expert, number of slots, its first slot or where the table has it) of a tile.
+
+    With DIRECT table holds ids, and every slot is a tile. Without a table each expert has `batch` slots, one after the
+    other.
+    """
     if DIRECT:
-        expert, count, slots_ptr = tl.load(table_ptr + tile), tile * 0 + 1, table_ptr
+        expert, count, first = tl.load(table_ptr + tile), tile * 0 + 1, tile
+    elif table_ptr is None:
+        of_expert = tl.cdiv(batch, LARGEST)
+        expert = tile // of_expert
+        place = tile % of_expert * LARGEST
+        count, first = tl.minimum(batch - place, LARGEST), expert * batch + place
     else:
-        row = table_ptr + tile * (HEADER + LARGEST)
-        expert, count, slots_ptr = tl.load(row), tl.load(row + 1), row + HEADER
-    return expert.to(tl.int64), count, slots_ptr
+        first = tile * (HEADER + LARGEST)
+        expert, count = tl.load(table_ptr + first), tl.load(table_ptr + first + 1)
+        first += HEADER
+    return expert.to(tl.int64), count, first
 
 
 @triton.jit
-def slots_of_tile(slots_ptr, tile, count, TOKENS: tl.constexpr, DIRECT: tl.constexpr):
+def slots_of_tile(table_ptr, first, count, TOKENS: tl.constexpr, DIRECT: tl.constexpr):
     """(int64 slots [TOKENS], mask)."""
     place = tl.arange(0, TOKENS)
     mask = place < count
-    slots = tile + place if DIRECT else tl.load(slots_ptr + place, mask=mask, other=0)
+    slots = first + place
+    if not DIRECT and table_ptr is not None:
+        slots = tl.load(table_ptr + slots, mask=mask, other=0)
     return slots.to(tl.int64), mask
 
 
