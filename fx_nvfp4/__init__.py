@@ -8,6 +8,7 @@ from .backend import nvfp4_emu
 from .calibrate import calibrate
 from .checkpoint import CheckpointError, load
 from .explain import explain
+from .layers import compile_layers
 from .parallel.shard import shard_experts
 from .prepack_model import prepack
 from .prepare import prepare
@@ -27,6 +28,7 @@ __all__ = [
     "Report",
     "activation",
     "calibrate",
+    "compile_layers",
     "dispatch",
     "explain",
     "format",
