@@ -60,6 +60,7 @@ def compare(logits: torch.Tensor, reference: dict[str, torch.Tensor]) -> bool:
 
 def generate(model: torch.nn.Module, prompt: torch.Tensor, new_tokens: int) -> None:
     """Greedy decoding through transformers, with the compiled forward."""
+    print("compiling for generate(): a minute or more on a CPU", flush=True)
     eager, model.forward = model.forward, torch.compile(model.forward, backend="nvfp4_emu", dynamic=True)
     try:
         mask = torch.ones_like(prompt)

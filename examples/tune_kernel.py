@@ -7,7 +7,6 @@ On a GPU configurations are timed; without one they run in Triton's interpreter,
 """
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile
@@ -65,9 +64,8 @@ def compile_with_dump(folder: Path) -> Path:
 
 def run(dump: Path) -> str:
     """What run.py of a dump says: that the kernels are right, and on a GPU their time."""
-    environment = os.environ if GPU else {**os.environ, "TRITON_INTERPRET": "1"}
     command = [sys.executable, "run.py", "--tokens", str(TOKENS)]
-    done = subprocess.run(command, cwd=dump, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=dump, capture_output=True, text=True)
     if done.returncode:
         return f"no good: {done.stderr.strip().splitlines()[-1]}"
     return " ".join(done.stdout.split())
@@ -87,7 +85,7 @@ def edit_kernel(dump: Path, old: str, new: str) -> None:
     file.write_text(file.read_text().replace(old, new))
 
 
-def tune(folder: Path) -> None:
+def tune(folder: Path, stays: bool) -> None:
     dump = compile_with_dump(folder)
     print(f"{dump}:", *sorted(f.name for f in dump.iterdir()))
     print(f"as the library chooses: {run(dump)}")
@@ -104,6 +102,8 @@ def tune(folder: Path) -> None:
     edit_kernel(dump, factor, half)
     print(f"kernels/tiled.py with half the factor of the sum: {run(dump)}")
     edit_kernel(dump, half, factor)
+    if not stays:
+        print("The folder goes now: run this again with --folder to have one that stays, and")
     print(
         f"Next: edit CONFIG in run.py or the sources in kernels/, run `python run.py --tokens {TOKENS}` there,\n"
         "and carry what is faster over to fx_nvfp4/kernels/, a better default to the table in tile_config.py\n"
@@ -117,7 +117,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     with torch.no_grad(), tempfile.TemporaryDirectory() as temporary:
-        tune((args.folder or Path(temporary)).resolve())
+        tune((args.folder or Path(temporary)).resolve(), stays=args.folder is not None)
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def load(
         ImportError: transformers is not installed.
     """
     if dtype is not None and dtype not in _DTYPES:
-        raise ValueError(f"load: dtype must be float32, bfloat16 or float16, got {dtype}")
+        raise ValueError(f"load: dtype must be torch.float32, torch.bfloat16 or torch.float16, got {dtype!r}")
     if activations not in _ACTIVATIONS:
         raise ValueError(f"load: activations must be one of {_ACTIVATIONS}, got {activations!r}")
     if dialect != "producer":

@@ -22,7 +22,7 @@ _README = """Kernels of fx_nvfp4 as this compilation runs them, with what they n
 
 Edit anything under kernels/ (tiled.py is the product, tile_config.py and CONFIG in run.py the tile sizes), then
 
-    python run.py                 # checks against the plain block, and times
+    python run.py                 # checks against the plain block, and times; without a GPU in Triton's interpreter
     python run.py --tokens 1 64   # other counts of tokens
 
 docs/tuning.md of fx_nvfp4 walks through it.
@@ -33,10 +33,14 @@ _RUN = '''"""Runs the kernels beside this file on one routed block: correct firs
 import argparse
 import dataclasses
 import importlib
+import os
 import sys
 from pathlib import Path
 
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
 
 import fx_nvfp4  # the plain block, which results are compared with
 

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-CACHE = "past_key_values"  # the argument that transformers' decoder layers take it by
-
 
 def compile_layers(model: nn.Module, **how: Any) -> int:
     """Compile each decoder layer of a transformers model in place of the whole model; what is between them stays eager.
@@ -20,8 +18,8 @@ def compile_layers(model: nn.Module, **how: Any) -> int:
     a cache is the layer's number, by which it finds its part of the cache; here each layer is handed its part alone.
 
     Args:
-        model: has a list of layers, as `model.get_decoder().layers`; they are called with a cache, if any, as
-            the keyword past_key_values. A model compiled so already is compiled anew.
+        model: has a list of layers, as `model.get_decoder().layers`, that are called with a cache, if any, of
+            transformers. A model compiled so already is compiled anew.
         how: as for `torch.compile`; backend="nvfp4_emu" if not given.
 
     Returns:
@@ -66,17 +64,21 @@ class LayerCache:
 
 def _with_its_part(compiled: Callable[..., Any], number: int) -> Callable[..., Any]:
     def forward(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        cache = kwargs.get(CACHE)
-        if _is_split(cache, number):
-            kwargs[CACHE] = LayerCache(cache, number)
-        return compiled(layer, *args, **kwargs)
+        args = tuple(_its_part(a, number) for a in args)
+        return compiled(layer, *args, **{name: _its_part(a, number) for name, a in kwargs.items()})
 
     return forward
 
 
-def _is_split(cache: Any, number: int) -> bool:
-    """Whether a cache has this layer's part already, and moves none to another device meanwhile."""
-    return number < len(getattr(cache, "layers", ())) and not getattr(cache, "offloading", False)
+def _its_part(argument: Any, number: int) -> Any:
+    """The layer's part of a cache that has it already, and moves none to another device meanwhile; all else as it is.
+
+    A cache is known by what it does: the name by which layers take it is another from release to release.
+    """
+    layers = getattr(argument, "layers", None)
+    if isinstance(layers, list) and number < len(layers) and hasattr(argument, "update"):
+        return argument if getattr(argument, "offloading", False) else LayerCache(argument, number)
+    return argument
 
 
 def _layers(model: Any) -> Iterator[nn.Module]:

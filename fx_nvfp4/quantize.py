@@ -21,6 +21,7 @@ from .tensor import NVFP4Weight
 
 __all__ = ["NVFP4Config", "quantizable", "quantize_"]
 
+_TOLD = 5  # weights that an error names
 log = logging.getLogger("fx_nvfp4")
 Filter = Callable[[nn.Module, str], bool]
 
@@ -60,7 +61,7 @@ def quantize_(
     record = Quantization(config)
     chosen = {m for path, m in model.named_modules() if packable(m) and filter_fn(m, path) and not tied.to_table(m)}
     if not chosen:
-        raise ValueError("quantize_: filter_fn chose no module with a dense weight of a linear layer or of experts")
+        raise ValueError(_nothing_chosen(model, filter_fn, tied))
     for path, module in model.named_modules():
         if module in chosen:
             check_module(module, config, path)
@@ -75,6 +76,20 @@ def quantize_(
         record.left_alone.update(_left_alone(module, path, module in chosen, filter_fn, tied))
     model.nvfp4_quantization = record  # type: ignore[assignment]
     log.info("%s", record)
+
+
+def _nothing_chosen(model: nn.Module, filter_fn: Filter, tied: _Tied) -> str:
+    """What is wrong with every weight there is."""
+    packed = sum(isinstance(p.data, NVFP4Weight) for p in model.parameters())
+    reasons: dict[str, str] = {}
+    for path, module in model.named_modules():
+        reasons.update(_left_alone(module, path, False, filter_fn, tied))
+    told = [f"{name}: {reason}" for name, reason in list(reasons.items())[:_TOLD]]
+    told += [f"{len(reasons) - _TOLD} more"] if len(reasons) > _TOLD else []
+    told += [f"{packed} weights are packed already"] if packed else []
+    return (
+        f"quantize_: no weight was chosen to be packed ({'; '.join(told) or 'the model has none of two dims or more'})"
+    )
 
 
 def _left_alone(module: nn.Module, path: str, chosen: bool, filter_fn: Filter, tied: _Tied) -> dict[str, str]:

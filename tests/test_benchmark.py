@@ -75,7 +75,10 @@ def test_a_checkpoint_is_timed_as_it_is_and_printed_as_a_table(capsys):
     command = f"bench --model {CHECKPOINT} --ways packed --tokens 4 --new-tokens 2 --repeats 1 --device cpu"
     assert cli.main(command.split()) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "modelopt_mixtral_w4a4, 2 new tokens, activations as the checkpoint says, mode default"
+    assert (
+        lines[0]
+        == "modelopt_mixtral_w4a4, 2 new tokens, activations as the checkpoint says, compiled as a whole, mode default"
+    )
     assert lines[3].split()[:5] == ["1", "x", "4", "tokens", "packed"]
     assert any(line.startswith("loading: ") for line in lines)
 

@@ -68,6 +68,11 @@ def mesh(ranks, ndim=1):
     return SimpleNamespace(ndim=ndim, size=lambda: ranks)
 
 
+def test_what_is_no_mesh_is_told():
+    with pytest.raises(TypeError, match=r"mesh must be a DeviceMesh, got None: torch.distributed.init_device_mesh"):
+        fx_nvfp4.shard_experts(shard_cases.fused(), None)
+
+
 @pytest.mark.parametrize(
     ("model", "arguments", "message"),
     [

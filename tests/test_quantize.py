@@ -294,8 +294,16 @@ def test_what_cannot_be_packed_is_named():
         quantize_(nn.ModuleDict({"a": nn.Linear(32, 32, device="meta")}))
     with pytest.raises(ValueError, match=r"a\.weight: K = 24"):
         quantize_(nn.ModuleDict({"a": nn.Linear(24, 32)}), filter_fn=lambda m, fqn: fqn == "a")
-    with pytest.raises(ValueError, match="chose no module"):
+    with pytest.raises(ValueError, match="no weight was chosen to be packed"):
         quantize_(nn.LayerNorm(16))
+    odd = nn.ModuleDict({"a": nn.Linear(60, 128), "lm_head": nn.Linear(64, 64)})
+    reasons = r"a\.weight: the input dim of \[128, 60\] is not whole blocks of 16; lm_head\.weight: an output head\)"
+    with pytest.raises(ValueError, match=reasons):
+        quantize_(odd)
+    done = nn.ModuleDict({"a": nn.Linear(64, 128)}).requires_grad_(False)
+    quantize_(done)
+    with pytest.raises(ValueError, match="1 weights are packed already"):
+        quantize_(done)
     with pytest.raises(TypeError, match="must be an NVFP4Config, got Int8WeightOnlyConfig"):
         quantize_(nn.Linear(32, 32), torchao.quantization.Int8WeightOnlyConfig())
     with pytest.raises(ValueError, match="filter_fn chose a Sequential"):

@@ -283,7 +283,5 @@ def _transformers() -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise ImportError(
-            "fx_nvfp4.load builds models with transformers: pip install fx-nvfp4[transformers]"
-        ) from error
+        raise ImportError("fx_nvfp4.load builds models with transformers: pip install transformers") from error
     return transformers

@@ -1,4 +1,4 @@
-"""A study as a picture; needs matplotlib (``pip install fx-nvfp4[plot]``)."""
+"""A study as a picture; needs matplotlib ."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def require_matplotlib() -> Any:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("plots are drawn with matplotlib: pip install fx-nvfp4[plot]") from error
+        raise ImportError("plots are drawn with matplotlib: pip install matplotlib") from error
     return Figure, FigureCanvasAgg
 
 

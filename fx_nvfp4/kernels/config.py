@@ -1,4 +1,4 @@
-"""Tile sizes and launch parameters of the kernels: the one place that decides them."""
+"""Tile sizes and launch parameters of all kernels but the products on tiled weights, whose are in tile_config.py."""
 
 from dataclasses import dataclass
 

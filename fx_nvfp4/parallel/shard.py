@@ -43,6 +43,7 @@ def shard_experts(model: Model, mesh: DeviceMesh, dim: str = "expert", tokens: s
     Raises:
         ValueError: experts of an unknown kind, sharded already, or too few for the ranks; activation scales of the
             intermediate dim that are taken of all of it; an unknown name. Nothing is sharded then.
+        TypeError: mesh is none.
     """
     _check_arguments(mesh, dim, tokens)
     found = find_experts(model, {n for n, p in model.named_parameters() if isinstance(p, NVFP4Weight)})
@@ -113,6 +114,10 @@ def _check_arguments(mesh: DeviceMesh, dim: str, tokens: str) -> None:
     for name, value, allowed in (("dim", dim, DIMS), ("tokens", tokens, TOKENS)):
         if value not in allowed:
             raise ValueError(f"shard_experts: {name} must be one of {allowed}, got {value!r}")
+    if not hasattr(mesh, "ndim"):
+        raise TypeError(
+            f"shard_experts: mesh must be a DeviceMesh, got {mesh!r}: torch.distributed.init_device_mesh makes one"
+        )
     if mesh.ndim != 1:
         raise ValueError(f"shard_experts: mesh must have one dim, got {mesh.ndim}; choose one by its name, mesh['ep']")
     if tokens == "own" and dim != "expert":
