@@ -278,7 +278,10 @@ def _bench_parser(commands: Any) -> argparse.ArgumentParser:
     timed.add_argument(
         "--by-layer", action="store_true", help="compile layers that are alike once, not the whole model"
     )
-    timed.add_argument("--record", action="store_true", help="replay each step of decoding as one CUDA graph")
+    timed.add_argument(
+        "--record", nargs="?", const="steps", default="", choices=["steps", "all"],
+        help="replay each step of decoding as one CUDA graph; all: prefill too",
+    )  # fmt: skip
     timed.add_argument("--plot", type=Path, metavar="FILE", help="draw it too; needs matplotlib")
     timed.add_argument("--save", type=Path, metavar="FILE", help="what --json prints, saved after every measurement")
     timed.set_defaults(run=run_bench)

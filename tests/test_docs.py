@@ -73,6 +73,32 @@ def test_scripts_run(page, monkeypatch):
             exec(compile(body, str(page), "exec"), names)
 
 
+def _long_commands():
+    """Every command of ours that takes too long, or more than a test has: README's, and those that are not run."""
+    for page in (ROOT / "README.md", *PAGES):
+        for m in _FENCE.finditer(page.read_text()):
+            if m["kind"] == "bash" and (m["skip"] or page.name == "README.md"):
+                for line in m["body"].replace("\\\n", " ").splitlines():
+                    if found := re.search(r"python (-m fx_nvfp4 (?!lm-eval).*|(?:benchmarks|examples)/.*)", line):
+                        yield pytest.param(found[1], id=f"{page.stem}: {found[1][:60]}")
+
+
+@pytest.mark.parametrize("command", list(_long_commands()))
+def test_commands_that_are_not_run_have_the_options_that_they_are_given(command, monkeypatch):
+    """An option that was renamed would go unnoticed; lm-eval's are the harness' own."""
+    words = shlex.split(command, comments=True)
+    if words[0] == "-m":
+        monkeypatch.setattr(sys, "argv", ["fx_nvfp4"])
+        assert cli._parser().parse_args(words[2:]).run
+        return
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(sys, "path", [str(ROOT / Path(words[0]).parent), *sys.path])
+    names = {"__name__": "documented", "__doc__": "", "__file__": str(ROOT / words[0])}
+    exec(compile((ROOT / words[0]).read_text(), words[0], "exec"), names)
+    parse = names["parse_arguments"]
+    assert parse(words[1:]) if parse.__code__.co_argcount else parse()
+
+
 @pytest.mark.parametrize("script", _SHELL)
 def test_shell_scripts_succeed(script):
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

@@ -14,7 +14,7 @@ from torch import nn
 import fx_nvfp4
 from fx_nvfp4 import NVFP4Config, compile_layers, quantize_
 from fx_nvfp4.backend import collect_reports
-from fx_nvfp4.benchmark.recorded import RecordedSteps
+from fx_nvfp4.benchmark.recorded import Recorded
 from fx_nvfp4.benchmark.timing import static_cache
 from fx_nvfp4.layers import LayerCache, uncompile_layers
 
@@ -145,18 +145,19 @@ def test_a_layer_s_part_of_a_cache_is_the_whole_for_all_but_new_keys():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="records CUDA graphs")
+@pytest.mark.parametrize("prompts", [False, True])
 @torch.no_grad()
-def test_recorded_steps_give_the_tokens_of_plain_ones():
+def test_recorded_passes_give_the_tokens_of_plain_ones(prompts):
     model = packed().cuda()
     given = prompt().cuda()
     want = model.generate(given, past_key_values=static_cache(model, given, 16), **steps(8))
     compile_layers(model)
-    model.forward = RecordedSteps(model.forward)
+    model.forward = Recorded(model.forward, prompts)
     cache = static_cache(model, given, 16)
     for _ in range(3):
         cache.reset()
         assert torch.equal(model.generate(given, past_key_values=cache, **steps(8)), want)
-    assert len(model.forward._steps) == 1
+    assert len(model.forward._graphs) == 1 + prompts
 
 
 def test_prompts_are_not_recorded():
@@ -166,12 +167,12 @@ def test_prompts_are_not_recorded():
         calls.append((input_ids.shape, others))
         return input_ids
 
-    recorded = RecordedSteps(forward)
+    recorded = Recorded(forward)
     for tokens in (prompt(), prompt(tokens=1)):  # the first step of a kind is run as well: it compiles
         assert recorded(input_ids=tokens, use_cache=True) is tokens
     assert recorded(prompt()) is not None  # by position, as whoever shapes a cache calls
     assert [len(others) for _, others in calls] == [1, 1, 0]
-    assert not recorded._steps
+    assert not recorded._graphs
 
 
 @pytest.mark.parametrize(

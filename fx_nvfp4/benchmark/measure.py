@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..layers import compile_layers, uncompile_layers
 from .loading import Loading, measured_load, model_bytes, release
-from .recorded import RecordedSteps
+from .recorded import Recorded
 from .timing import time_generation
 from .ways import WAYS, Way, experts_of
 
@@ -35,7 +35,7 @@ class Settings:
         mode: torch.compile's, for all ways.
         ways: names in :data:`ways.WAYS`.
         by_layer: compile the layers, which are alike, and not the model as a whole; for all ways.
-        record: each step of decoding is one CUDA graph of the whole forward pass; for all ways, on a GPU.
+        record: "steps" of decoding, or "all" passes, prefill too: each is one CUDA graph; for all ways, on a GPU.
     """
 
     tokens: Sequence[int] = (128, 1024)
@@ -46,7 +46,7 @@ class Settings:
     mode: str = "default"
     ways: Sequence[str] = tuple(WAYS)
     by_layer: bool = False
-    record: bool = False
+    record: str = ""
 
     def __post_init__(self) -> None:
         for name, value in (("new_tokens", self.new_tokens), ("repeats", self.repeats)):
@@ -57,6 +57,8 @@ class Settings:
         for name, values in (("tokens", self.tokens), ("batch", self.batch)):
             if not values or min(values) < 1:
                 raise ValueError(f"{name} must be at least 1, got {list(values)}")
+        if self.record not in ("", "steps", "all"):
+            raise ValueError(f'record must be "steps" or "all", got {self.record!r}')
         if self.record and (graphs := torch._inductor.list_mode_options(self.mode).get("triton.cudagraphs")):
             raise ValueError(f"mode {self.mode} records CUDA graphs by itself (cudagraphs={graphs}): give no record")
 
@@ -176,7 +178,7 @@ def _compile(model: Any, way: Way, settings: Settings) -> None:
     else:
         model.forward = torch.compile(model.forward, **how)
     if settings.record:
-        model.forward = RecordedSteps(model.forward)
+        model.forward = Recorded(model.forward, prompts=settings.record == "all")
 
 
 def _prompt(model: Any, batch: int, tokens: int, device: torch.device) -> Tensor:

@@ -1,4 +1,4 @@
-"""Steps of decoding as CUDA graphs of the whole forward pass: without what the host does between kernels."""
+"""Forward passes as one CUDA graph each: without what the host does between kernels."""
 
 from __future__ import annotations
 
@@ -12,42 +12,42 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 
-class RecordedSteps:
-    """A model's forward that replays calls on one new token a prompt.
+class Recorded:
+    """A model's forward that replays calls on one new token a prompt, or all.
 
     The first such call runs as it is, and compiles; the second with inputs alike is recorded. A cache has to be static
     and the same object: a graph goes on to write where the recorded call wrote. The result lies where the last one lay.
     """
 
-    def __init__(self, forward: Callable[..., Any]) -> None:
+    def __init__(self, forward: Callable[..., Any], prompts: bool = False) -> None:
         functools.update_wrapper(self, forward)  # generate() reads the signature
-        self._forward = forward
+        self._forward, self._prompts = forward, prompts
         self._seen: set[Any] = set()
-        self._steps: dict[Any, _Step] = {}
+        self._graphs: dict[Any, _Graph] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if args or kwargs["input_ids"].shape[1] != 1:
+        if args or not (self._prompts or kwargs["input_ids"].shape[1] == 1):
             return self._forward(*args, **kwargs)
         leaves, form = tree_flatten(kwargs)
         alike = str(form), *(_kind(leaf) for leaf in leaves)
         if alike not in self._seen:
             self._seen.add(alike)
             return self._forward(**kwargs)
-        if alike not in self._steps:
-            self._steps[alike] = self._record(leaves, form)
-        return self._steps[alike].replay(leaves)
+        if alike not in self._graphs:
+            self._graphs[alike] = self._record(leaves, form)
+        return self._graphs[alike].replay(leaves)
 
-    def _record(self, leaves: list[Any], form: Any) -> _Step:
+    def _record(self, leaves: list[Any], form: Any) -> _Graph:
         kept = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         with torch.cuda.graph(graph):
             result = self._forward(**tree_unflatten(kept, form))
-        return _Step(graph, kept, result)
+        return _Graph(graph, kept, result)
 
 
 @dataclass(frozen=True)
-class _Step:
+class _Graph:
     graph: torch.cuda.CUDAGraph
     inputs: list[Any]
     result: Any

@@ -53,7 +53,8 @@ def render_bench(study: Study) -> str:
 
 def _how(settings: Settings) -> str:
     whole = "layers compiled" if settings.by_layer else "compiled as a whole"
-    return f"{whole}, mode {settings.mode}" + (", steps recorded as CUDA graphs" if settings.record else "")
+    recorded = {"": "", "steps": ", steps recorded as CUDA graphs", "all": ", all passes recorded as CUDA graphs"}
+    return f"{whole}, mode {settings.mode}{recorded[settings.record]}"
 
 
 def _loading(loading: Loading) -> str:

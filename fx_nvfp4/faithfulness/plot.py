@@ -1,4 +1,4 @@
-"""A study as a picture; needs matplotlib ."""
+"""A study as a picture; needs matplotlib."""
 
 from __future__ import annotations
 
