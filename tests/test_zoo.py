@@ -4,8 +4,11 @@
 NOT_LIFTED say which ops must be found there.
 """
 
+import itertools
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -102,7 +105,14 @@ def table() -> list[tuple[str, str, torch.dtype, str]]:
     return rows
 
 
-@pytest.mark.parametrize(("style", "packing", "dtype", "dynamic"), table())
+def in_part(rows: Iterable[Any], every: int, first: int = 0) -> list[Any]:
+    """Rows as parameters, of which one in `every` runs always, and the others with the slow tests."""
+    slow = pytest.mark.slow
+    values = [row if isinstance(row, tuple) else (row,) for row in rows]
+    return [pytest.param(*v, marks=[slow] * ((i + first) % every != 0)) for i, v in enumerate(values)]
+
+
+@pytest.mark.parametrize(("style", "packing", "dtype", "dynamic"), in_part(table(), 2))
 def test_style_with_spellings(style, packing, dtype, dynamic):
     form = "separate" if packing.count(",") == 2 else "concatenated"
     recipe = Recipe(style=style, packing=packing, form=form, dtype=dtype, experts=2 if style in LOOPS else 4)
@@ -111,7 +121,7 @@ def test_style_with_spellings(style, packing, dtype, dynamic):
     emulated(recipe, dynamic)
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", in_part(STYLES, 2))
 def test_weights_in_tiles_become_what_canonical_ones_become(style):
     form = ("concatenated", "interleaved", "separate")[list(STYLES).index(style) % 3]
     recipe = Recipe(style=style, form=form, packing=TENSOR, dtype=torch.bfloat16, experts=2, intermediate=64)
@@ -133,8 +143,11 @@ FORMS = [
 ]
 
 
-@pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("form", FORMS, ids=lambda f: f["form"])
+@pytest.mark.parametrize(
+    ("form", "style"),
+    in_part(itertools.product(FORMS, STYLES), 2),
+    ids=lambda v: v["form"] if isinstance(v, dict) else v,
+)
 def test_forms_of_experts(style, form):
     """Of packed tensors and spelled weights in turn, as each style takes both alike."""
     recipe = Recipe(style=style, experts=2 if style in LOOPS else 4, **form)
@@ -165,7 +178,7 @@ def test_rows_of_absent_experts_are_masked(style, routing, monkeypatch):
     emulated(Recipe(style=style, routing=routing, experts=6, top_k=1 if routing in TOP_1 else 3, packing=TENSOR))
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", in_part(STYLES, 2, first=1))
 def test_tokens_of_a_batch(style):
     """x [B, S, H], and shapes at which sizes are 1."""
     recipe = Recipe(style=style, experts=2, packing=TENSOR)
