@@ -99,7 +99,7 @@ def linear(
     config = config or for_rows(len(rows), weight.n, target_of(x))
     # The activations' scale is one for all, so nobody asks whose rows they are.
     entered = _enter(rows, act, None, None, False, True)
-    return down(entered, weight, Routing(None, len(rows), 1), config).view(*x.shape[:-1], weight.n)
+    return down(entered, weight, Routing(None, len(rows), len(rows)), config).view(*x.shape[:-1], weight.n)
 
 
 def batched(x: Tensor, words: Tensor, scales: Tensor, global_scale: Tensor, act: Activations) -> Tensor:
@@ -111,7 +111,7 @@ def batched(x: Tensor, words: Tensor, scales: Tensor, global_scale: Tensor, act:
         ids = torch.arange(experts, device=x.device).repeat_interleave(rows).unsqueeze(1)
         slots = Slots(ids, ids, experts)
     entered = _enter(x.reshape(-1, k), act, slots, None, act.needs_experts, True)
-    y = down(entered, TiledOperand(words, scales, global_scale, None), Routing(None, experts * rows, experts), config)
+    y = down(entered, TiledOperand(words, scales, global_scale, None), Routing(None, experts * rows, rows), config)
     return y.view(experts, rows, y.shape[-1])
 
 
@@ -120,7 +120,7 @@ def indexed(x: Tensor, words: Tensor, scales: Tensor, global_scale: Tensor, ids:
     weight = TiledOperand(words, scales, global_scale, None)
     slots = Slots(ids.unsqueeze(1), ids.unsqueeze(1), len(words))
     config = by_load(len(x) / len(words), target_of(x))
-    routing = Routing(sort_into_tiles(slots.ids, len(words), config.largest), len(x), len(words))
+    routing = Routing(sort_into_tiles(slots.ids, len(words), config.largest), len(x))
     entered = _enter(x, act, slots, None, act.needs_experts, True)
     return down(entered, weight, routing, config, everyone=False)
 
@@ -133,7 +133,7 @@ def grouped(x: Tensor, words: Tensor, scales: Tensor, global_scale: Tensor, offs
 def _route(slots: Slots, configs: TileConfigs) -> Routing:
     ids = slots.ids
     table = ids.reshape(-1) if configs.direct else sort_into_tiles(ids, slots.experts, configs.up.largest)
-    return Routing(table, ids.numel(), slots.experts)
+    return Routing(table, ids.numel())
 
 
 def _enter(

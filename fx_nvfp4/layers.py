@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ def compile_layers(model: nn.Module, **how: Any) -> int:
     Raises:
         TypeError: no list of layers was found; compile the whole model then.
     """
-    layers = list(_layers(model))
+    layers = _layers(model)
     limit = torch._dynamo.config.recompile_limit
     # Layers that are not alike count as recompilations of one function; beyond the limit they would run uncompiled.
     torch._dynamo.config.recompile_limit = max(limit, 4 * len(layers))
@@ -81,11 +81,11 @@ def _its_part(argument: Any, number: int) -> Any:
     return argument
 
 
-def _layers(model: Any) -> Iterator[nn.Module]:
+def _layers(model: Any) -> nn.ModuleList:
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     layers = getattr(decoder, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not len(layers):
         raise TypeError(
             f"{type(model).__name__} has no list of layers, model.get_decoder().layers: use torch.compile on the model"
         )
-    yield from layers
+    return layers

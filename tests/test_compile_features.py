@@ -379,11 +379,11 @@ torch._inductor.aoti_load_package(package)
 """
 
 
-@pytest.fixture
-def packages_load(tmp_path):
+@pytest.fixture(scope="module")  # it takes a minute
+def packages_load(tmp_path_factory):
     """Skips where PyTorch ends the process on a package without anything of ours, as seen with 2.11 beside a GPU."""
     if DEVICE == "cuda":
-        command = [sys.executable, "-c", PLAIN_PACKAGE, str(tmp_path / "plain.pt2")]
+        command = [sys.executable, "-c", PLAIN_PACKAGE, str(tmp_path_factory.mktemp("plain") / "m.pt2")]
         if subprocess.run(command, capture_output=True).returncode == -signal.SIGSEGV:
             pytest.skip("aoti_load_package crashes on a plain nn.Linear here")
 

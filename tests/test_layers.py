@@ -12,11 +12,11 @@ from quantized_models import transformers_model
 from torch import nn
 
 import fx_nvfp4
-from fx_nvfp4 import NVFP4Config, compile_layers, quantize_
+from fx_nvfp4 import NVFP4Config, quantize_
 from fx_nvfp4.backend import collect_reports
 from fx_nvfp4.benchmark.recorded import Recorded
 from fx_nvfp4.benchmark.timing import static_cache
-from fx_nvfp4.layers import LayerCache, uncompile_layers
+from fx_nvfp4.layers import LayerCache, compile_layers, uncompile_layers
 
 transformers = pytest.importorskip("transformers")
 FAST = {"options": {"codegen": False}}

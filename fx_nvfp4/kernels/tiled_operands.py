@@ -76,7 +76,7 @@ class Routing(NamedTuple):
     # Of sort_into_tiles, or the ids of the slots, each of which is then a tile; None: as many of each expert in turn.
     table: Tensor | None
     slots: int
-    experts: int
+    batch: int = 0  # without a table: slots of each expert
 
     @property
     def direct(self) -> bool:
@@ -86,7 +86,7 @@ class Routing(NamedTuple):
         """How many there are, of up to `largest` slots each."""
         if self.table is not None:
             return len(self.table)
-        return self.experts * cdiv(self.slots // self.experts, largest)
+        return self.slots // self.batch * cdiv(self.batch, largest)
 
 
 class Rows(NamedTuple):
