@@ -221,6 +221,7 @@ def _by_rows(x, s):
     return q.modelopt(x, (x.abs().amax(-1, keepdim=True).float() / 2688.0)[:, None])
 
 
+@pytest.mark.in_part(3)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("spelling", "ops", "said"),
@@ -341,6 +342,7 @@ NEAR_MISSES = {
 }
 
 
+@pytest.mark.in_part(3)
 @pytest.mark.parametrize("name", NEAR_MISSES)
 def test_near_misses_stay_and_are_reported_and_their_rows_are_not_rounded_again(name):
     fn = NEAR_MISSES[name]

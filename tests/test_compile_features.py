@@ -84,6 +84,7 @@ def test_numbers_that_become_symbols_by_themselves():
         check(run, model, tokens(count))
 
 
+@pytest.mark.in_part(3)
 @pytest.mark.parametrize("style", STYLES)
 @torch.no_grad()
 def test_no_tokens_for_spelled_weights(style):

@@ -91,6 +91,7 @@ def check(block: Block, tokens: int, device: str, dtype: torch.dtype = torch.flo
     return code
 
 
+@pytest.mark.in_part(3)
 @pytest.mark.parametrize("layout", ["concatenated", "interleaved", "separate", "plain"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_layouts(layout, dtype, device):
@@ -103,6 +104,7 @@ def test_rounded_activations(per_expert, device):
     check(make(device=device, act=activations("static", "hardware", per_expert, 4, device)), 7, device)
 
 
+@pytest.mark.in_part(3)
 @pytest.mark.parametrize("weighted", ["output", "input"])
 @pytest.mark.parametrize("tokens", [2, 5, 40])
 def test_numbers_of_tokens(weighted, tokens, device):

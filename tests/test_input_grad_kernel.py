@@ -46,6 +46,7 @@ def reference_rows(grad: Tensor, weight: Weight, ids: Tensor) -> Tensor:
     return out
 
 
+@pytest.mark.in_part(2)
 @each_dtype
 @pytest.mark.parametrize(("m", "n", "k"), [(0, 48, 80), (1, 1, 16), (5, 65, 80), (20, 33, 144), (70, 130, 272)])
 def test_linear(m: int, n: int, k: int, dtype: torch.dtype, device: str) -> None:
@@ -65,6 +66,7 @@ def test_batched(m: int, dtype: torch.dtype, device: str) -> None:
     assert_same_bits(input_grad.batched(grad, *weight), expected)
 
 
+@pytest.mark.in_part(3)
 @each_dtype
 @pytest.mark.parametrize("ids", IDS.values(), ids=IDS.keys())
 def test_indexed(ids: list[int], dtype: torch.dtype, device: str) -> None:
@@ -76,6 +78,7 @@ def test_indexed(ids: list[int], dtype: torch.dtype, device: str) -> None:
         assert_same_bits(input_grad.indexed(grad, *weight, index), reference_rows(grad, weight, index))
 
 
+@pytest.mark.in_part(4)
 @each_dtype
 @pytest.mark.parametrize(("s", "offs"), OFFS.values(), ids=OFFS.keys())
 def test_grouped(s: int, offs: list[int], dtype: torch.dtype, device: str) -> None:
@@ -100,6 +103,7 @@ def test_strided_operands(device: str) -> None:
         assert_same_bits(input_grad.batched(grad.expand(3, 7, 40), *cut)[2], reference(grad, whole.expert(2)))
 
 
+@pytest.mark.in_part(3)
 @each_dtype
 def test_scales_far_apart_lose_no_bits(dtype: torch.dtype, device: str) -> None:
     """The rule: grad * global scale to 16 bits at least (24 for float32), sums in float32, one rounding.

@@ -211,6 +211,7 @@ def out_scales(experts: int, device: str) -> list[Tensor | None]:
     return [None, torch.tensor(0.37, device=device), torch.rand(experts, device=device) + 0.1]
 
 
+@pytest.mark.in_part(2)
 @each_dtype
 @pytest.mark.parametrize(("m", "n", "k"), [(0, 48, 80), (1, 1, 16), (5, 48, 80), (20, 33, 144), (70, 65, 256)])
 def test_linear(m: int, n: int, k: int, dtype: torch.dtype, device: str) -> None:
@@ -221,6 +222,7 @@ def test_linear(m: int, n: int, k: int, dtype: torch.dtype, device: str) -> None
     assert_same_bits(linear(x.view(1, m, k), *weight, scale), reference(x, weight, scale).view(1, m, n))
 
 
+@pytest.mark.in_part(2)
 @each_dtype
 @pytest.mark.parametrize("m", [0, 1, 40])
 def test_batched(m: int, dtype: torch.dtype, device: str) -> None:
@@ -235,6 +237,7 @@ def test_batched(m: int, dtype: torch.dtype, device: str) -> None:
 IDS = {"mixed": [3, 0, 3, 1, 0], "out_of_range": [-1, 2, 4, 0, 1 << 20], "one_row": [1], "none": []}
 
 
+@pytest.mark.in_part(3)
 @each_dtype
 @pytest.mark.parametrize("ids", IDS.values(), ids=IDS.keys())
 def test_indexed(ids: list[int], dtype: torch.dtype, device: str) -> None:
@@ -260,6 +263,7 @@ OFFS = {
 }
 
 
+@pytest.mark.in_part(3)
 @each_dtype
 @pytest.mark.parametrize(("s", "offs"), OFFS.values(), ids=OFFS.keys())
 def test_grouped(s: int, offs: list[int], dtype: torch.dtype, device: str) -> None:

@@ -193,6 +193,7 @@ def not_lifted(model, *args, **kwargs):
 # Blocks
 
 
+@pytest.mark.in_part(4)
 @pytest.mark.parametrize("back", ["index_put", "argsort", "index_copy", "scatter", "index_add", "scatter_add"])
 @pytest.mark.parametrize("offs", OFFSETS)
 def test_sorted_rows_in_every_spelling(offs, back):
@@ -200,12 +201,14 @@ def test_sorted_rows_in_every_spelling(offs, back):
     assert (block.experts, block.top_k, block.activation, block.style) == (E, A, "silu(g) * u", "grouped")
 
 
+@pytest.mark.in_part(4)
 @pytest.mark.parametrize("body", [indexed, grouped, dense, on_input, masked_loop])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_token_counts_that_are_symbols(body, dtype):
     lifted(Block(body, dtype=dtype), [(T,), (12,), (2,), (33,)], dynamic=True, dtype=dtype)
 
 
+@pytest.mark.in_part(4)
 @pytest.mark.parametrize("body", [indexed, grouped, dense, on_input, masked_loop])
 @pytest.mark.parametrize("tokens", [1, A, E])
 def test_token_counts_that_equal_other_sizes(body, tokens):
@@ -260,6 +263,7 @@ ROUTINGS = {
 }
 
 
+@pytest.mark.in_part(3)
 @pytest.mark.parametrize("name", ROUTINGS)
 @pytest.mark.parametrize("body", [indexed, lambda *a: grouped(*a, offs="histc")], ids=["indexed", "grouped"])
 def test_routings(name, body):
@@ -293,6 +297,7 @@ class Given(Block):
         return self.body(self, x, weights, ids)
 
 
+@pytest.mark.in_part(3)
 @pytest.mark.parametrize(
     ("body", "low"), [(indexed, 0), (indexed, -E), (grouped, 0), (masked_loop, 0), (masked_loop, -E)]
 )
@@ -573,6 +578,7 @@ def repeated_input(m, x, share, _, act=swiglu, bias=None):
     return y.view(len(m.up_q), -1, H).sum(dim=0)
 
 
+@pytest.mark.in_part(3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("squash", [torch.sigmoid, lambda s: s.softmax(dim=-1)], ids=["sigmoid", "softmax"])
 def test_scores_of_all_experts_that_are_hidden_but_for_the_top(squash, dtype):
@@ -791,6 +797,7 @@ IMPOSTORS = {
 }
 
 
+@pytest.mark.in_part(2)
 @pytest.mark.parametrize("name", IMPOSTORS)
 def test_what_only_looks_like_a_block_stays_apart(name):
     body, reason = IMPOSTORS[name]
@@ -839,6 +846,7 @@ def trained(body, what):
     return block
 
 
+@pytest.mark.in_part(2)
 @pytest.mark.parametrize("what", ["x", "router"])
 @pytest.mark.parametrize("body", [dense, grouped, indexed, on_input])
 def test_training_keeps_products_apart(body, what):

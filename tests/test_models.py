@@ -79,6 +79,7 @@ def test_vllms_shared_scales_are_its_own_logits_and_only_on_request(device, name
     assert all("as vLLM" in note for note in report.notes)
 
 
+@pytest.mark.in_part(4)
 @pytest.mark.parametrize("lift", [True, False])
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
 def test_both_expert_implementations_become_ops(device, implementation, lift):

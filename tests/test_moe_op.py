@@ -161,6 +161,7 @@ def test_plain_body_is_the_loop(case):
     assert with_strays(build(case)).check("cpu").any()
 
 
+@pytest.mark.in_part(3)
 @pytest.mark.parametrize("case", random.Random(0).sample(CASES, 36), ids=case_id)
 def test_kernels_are_the_loop(case, device, monkeypatch):
     monkeypatch.setattr(ops, "uses_kernels", lambda tensor: True)
@@ -182,6 +183,7 @@ def test_activations_are_computed_in_fp32(body, activation, dtype):
     assert ((got.double() - want).abs() <= 4 * torch.finfo(got.dtype).eps * magnitude.amax()).all()
 
 
+@pytest.mark.in_part(5)
 @pytest.mark.parametrize("weighted", ["output", "input"])
 @pytest.mark.parametrize("out_dtype", DTYPES.values(), ids=DTYPES.keys())
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -112,12 +112,14 @@ def test_one_weight(name):
     check(Packed(N, K, body=body), (inputs,), "linear")
 
 
+@pytest.mark.in_part(3)
 @pytest.mark.parametrize("name", ALL)
 def test_all_experts(name):
     body, inputs, op = ALL[name]
     check(Packed(E, N, K, body=body), (inputs,), op)
 
 
+@pytest.mark.in_part(3)
 @pytest.mark.parametrize("name", CHOSEN)
 def test_chosen_experts(name):
     body, *inputs = CHOSEN[name]

@@ -155,6 +155,7 @@ def check(model: nn.Module, *inputs: Tensor, dynamic: bool = False) -> Report:
     return report
 
 
+@pytest.mark.in_part(4)
 @pytest.mark.parametrize(("cls", "how", "activations"), CASES, ids=name_of)
 def test_experts_become_the_op_and_logits_are_eagers(cls, how, activations):
     model = build(cls, activations)
@@ -174,6 +175,7 @@ def test_experts_become_the_op_and_logits_are_eagers(cls, how, activations):
     assert {m.weight for m in report.matched} == names
 
 
+@pytest.mark.in_part(3)
 @pytest.mark.parametrize("cls", CLASSES[2:5], ids=name_of)
 def test_prepacked_weights_give_the_same_logits_and_ops(cls):
     # DeepSeek-V3's low-rank projections do not fill tiles, and stay as they are.
@@ -190,6 +192,7 @@ def test_prepacked_weights_give_the_same_logits_and_ops(cls):
     assert [b.lifted for b in report.blocks] == [True] * LAYERS
 
 
+@pytest.mark.in_part(8)
 @pytest.mark.parametrize("cls", CLASSES, ids=name_of)
 def test_one_graph_for_any_number_of_tokens(cls):
     model = build(cls)

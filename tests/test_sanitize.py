@@ -30,6 +30,7 @@ def _poisoned():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.in_part(3)
 @pytest.mark.usefixtures("_poisoned")
 @pytest.mark.parametrize("kernel", [pytest.param(k, marks=[pytest.mark.slow] * (k in SLOW)) for k in KERNELS])
 def test_kernels_give_what_their_twins_give(kernel, device):
@@ -137,6 +138,7 @@ print(f"========= ERROR SUMMARY: {{errors}} error{{'s' * (errors != 1)}}")
 """
 
 
+@pytest.mark.in_part(2)
 @pytest.mark.parametrize("at", ["33 x 48", "nothing"])
 def test_the_whole_way(at, tmp_path):
     tool = tmp_path / "compute-sanitizer"

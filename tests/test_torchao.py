@@ -117,6 +117,7 @@ def test_experts_in_eager_mode_and_compiled(name, mode):
     torch.testing.assert_close(compiled(product)(x, weight), want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.in_part(3)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("swizzled", [False, True])
 @pytest.mark.parametrize("scale", ["none", "one", "own"])
@@ -177,6 +178,7 @@ def test_gradients_pass_through(mode):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.in_part(3)
 @pytest.mark.parametrize("mode", MODES)
 def test_any_number_of_tokens_is_one_graph(mode):
     weight = make(mode=mode)

@@ -130,6 +130,7 @@ def test_gradients_in_bfloat16(style, graphs):
     assert graphs.largest < model.down_qdata.numel()
 
 
+@pytest.mark.in_part(2)
 @pytest.mark.parametrize("style", FP32_STYLES)
 def test_dynamic_token_counts(style, graphs):
     model = Adapted(style)
@@ -305,6 +306,7 @@ OVER_ROWS = {
 }
 
 
+@pytest.mark.in_part(3)
 @pytest.mark.parametrize("name", OVER_ROWS)
 def test_products_over_the_rows(name):
     """In the forward graph they are the same op, and their own gradient is a product over K."""

@@ -76,6 +76,7 @@ def test_untested_versions(monkeypatch, version):
     assert not versions.is_tested()
 
 
+@pytest.mark.in_part(3)
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 def test_one_warning_and_all_is_emulated(other, model):
     with collect_reports() as report:
@@ -85,6 +86,7 @@ def test_one_warning_and_all_is_emulated(other, model):
     assert not report.refused
 
 
+@pytest.mark.in_part(4)
 @pytest.mark.parametrize("codegen", [True, False])
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 @pytest.mark.usefixtures("lacking")
@@ -95,6 +97,7 @@ def test_names_that_are_gone(model, codegen):
     assert not report.graphs
 
 
+@pytest.mark.in_part(2)
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 @pytest.mark.usefixtures("failing")
 def test_a_pass_that_fails(model):

@@ -6,9 +6,7 @@ NOT_LIFTED say which ops must be found there.
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -105,14 +103,8 @@ def table() -> list[tuple[str, str, torch.dtype, str]]:
     return rows
 
 
-def in_part(rows: Iterable[Any], every: int, first: int = 0) -> list[Any]:
-    """Rows as parameters, of which one in `every` runs always, and the others with the slow tests."""
-    slow = pytest.mark.slow
-    values = [row if isinstance(row, tuple) else (row,) for row in rows]
-    return [pytest.param(*v, marks=[slow] * ((i + first) % every != 0)) for i, v in enumerate(values)]
-
-
-@pytest.mark.parametrize(("style", "packing", "dtype", "dynamic"), in_part(table(), 2))
+@pytest.mark.in_part(6)
+@pytest.mark.parametrize(("style", "packing", "dtype", "dynamic"), table())
 def test_style_with_spellings(style, packing, dtype, dynamic):
     form = "separate" if packing.count(",") == 2 else "concatenated"
     recipe = Recipe(style=style, packing=packing, form=form, dtype=dtype, experts=2 if style in LOOPS else 4)
@@ -121,7 +113,8 @@ def test_style_with_spellings(style, packing, dtype, dynamic):
     emulated(recipe, dynamic)
 
 
-@pytest.mark.parametrize("style", in_part(STYLES, 2))
+@pytest.mark.in_part(4)
+@pytest.mark.parametrize("style", STYLES)
 def test_weights_in_tiles_become_what_canonical_ones_become(style):
     form = ("concatenated", "interleaved", "separate")[list(STYLES).index(style) % 3]
     recipe = Recipe(style=style, form=form, packing=TENSOR, dtype=torch.bfloat16, experts=2, intermediate=64)
@@ -130,6 +123,7 @@ def test_weights_in_tiles_become_what_canonical_ones_become(style):
     assert {m.source for m in o.report.matched} == {"packed tensor, tiles"}
 
 
+@pytest.mark.in_part(3)
 @pytest.mark.parametrize("style", ["linear", "einsum", "grouped_mm", "dense_einsum", "titan_padded", "list_masked"])
 def test_everything_dynamic(style):
     emulated(Recipe(style=style, dtype=torch.bfloat16, experts=2), "all")
@@ -143,9 +137,10 @@ FORMS = [
 ]
 
 
+@pytest.mark.in_part(6)
 @pytest.mark.parametrize(
     ("form", "style"),
-    in_part(itertools.product(FORMS, STYLES), 2),
+    list(itertools.product(FORMS, STYLES)),
     ids=lambda v: v["form"] if isinstance(v, dict) else v,
 )
 def test_forms_of_experts(style, form):
@@ -155,12 +150,14 @@ def test_forms_of_experts(style, form):
         emulated(recipe)
 
 
+@pytest.mark.in_part(3)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(activation):
     for style in ("grouped_mm", "dense_bmm"):
         emulated(Recipe(style=style, activation=activation, packing=TENSOR))
 
 
+@pytest.mark.in_part(5)
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("style", ["dense_bmm", "grouped_mm", "batched_mm", "titan"])
 def test_routings(style, routing):
@@ -169,6 +166,7 @@ def test_routings(style, routing):
         emulated(Recipe(style=style, routing=routing, experts=6, top_k=top_k, mask=mask, packing=TENSOR))
 
 
+@pytest.mark.in_part(4)
 @pytest.mark.parametrize("routing", ["softmax, top-k", *TOP_1])
 @pytest.mark.parametrize("style", ["grouped_mm", "batched_mm"])
 def test_rows_of_absent_experts_are_masked(style, routing, monkeypatch):
@@ -178,7 +176,8 @@ def test_rows_of_absent_experts_are_masked(style, routing, monkeypatch):
     emulated(Recipe(style=style, routing=routing, experts=6, top_k=1 if routing in TOP_1 else 3, packing=TENSOR))
 
 
-@pytest.mark.parametrize("style", in_part(STYLES, 2, first=1))
+@pytest.mark.in_part(6)
+@pytest.mark.parametrize("style", STYLES)
 def test_tokens_of_a_batch(style):
     """x [B, S, H], and shapes at which sizes are 1."""
     recipe = Recipe(style=style, experts=2, packing=TENSOR)
@@ -196,6 +195,7 @@ def test_graph_breaks_leave_numbers_right(style):
     assert not o.report.refused, o.report
 
 
+@pytest.mark.in_part(4)
 @pytest.mark.parametrize("style", ["linear", "einsum", "grouped_mm", "dense_bmm", "list_masked"])
 @pytest.mark.parametrize("name", NEAR_MISSES)
 def test_near_misses_are_left_alone(style, name):
