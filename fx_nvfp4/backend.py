@@ -29,7 +29,7 @@ from .passes.emulate import emulate
 from .passes.settings import Settings
 from .report import Cost, NotEmulatedError, NVFP4Warning, Report, module_path
 from .tables import TableGuard, find_tables, hash_tables
-from .tensor import NVFP4Weight, layout_key
+from .tensor import PART_OF_K, NVFP4Weight, layout_key
 from .tile_inputs import tile_inputs
 from .torchao_dispatch import emulated, swizzled_weights
 from .torchao_interop import is_torchao_nvfp4
@@ -103,6 +103,8 @@ def _compile(
     gm: fx.GraphModule, example_inputs: Sequence[Any], patches: dict[str, Any], ours: dict[str, Any]
 ) -> Callable[..., Any]:
     packed = _holds_packed(example_inputs)
+    if ours["activations"] == "nvfp4":
+        _check_whole(example_inputs)
     left = tile_inputs(gm, example_inputs, ours["prepack"] == "always") if packed and ours["prepack"] else []
     tables = find_tables(gm, example_inputs) if packed else {}
     folder = compat.debug_folder(patches)
@@ -118,6 +120,17 @@ def _compile(
     report = graph_pass.finish(key, seconds, [*_notes(example_inputs), *left])
     _publish(report, ours["strict"])
     return guard.wrap(compiled, graph_pass.used_tables) if guard and graph_pass.used_tables else compiled
+
+
+def _check_whole(example_inputs: Sequence[Any]) -> None:
+    """Raise where activations would get a dynamic scale of which this rank sees a part."""
+    for given in example_inputs:
+        if getattr(given, PART_OF_K, False) and isinstance(given, NVFP4Weight) and given.activations == "none":
+            raise ValueError(
+                f'activations="nvfp4": a weight {list(given.shape)} is sharded by its intermediate dim, and its '
+                "activations would get a dynamic scale, the largest of all of that dim, which no rank holds: shard by "
+                'dim="expert", or quantise and calibrate with static activations'
+            )
 
 
 def _inlined() -> ModuleType | None:

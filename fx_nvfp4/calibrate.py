@@ -31,16 +31,19 @@ class Calibration:
         amax: weight -> largest magnitude that entered it, fp32, [] or, of 3-D weights, [E]; 0 where none did.
         borrowed: experts that no token reached, "path.of.weight[expert]" or "path.of.weight" in a list of experts:
             they have the largest scale of those beside them.
+        kept: what nothing reached and has a static scale from before, named likewise: it keeps that one.
         unreached: weights that nothing reached, nor any expert beside them: they stay uncalibrated.
     """
 
     amax: dict[str, Tensor] = field(default_factory=dict)
     borrowed: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
     unreached: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = [f"calibrate: {len(self.amax)} weights, {len(self.borrowed)} weights of experts without a token"]
-        for text, names in (("largest scale of its layer", self.borrowed), ("not calibrated", self.unreached)):
+        what = {"largest scale of its layer": self.borrowed, "scale of before": self.kept}
+        for text, names in (*what.items(), ("not calibrated", self.unreached)):
             lines += [f"{text}: {shorten(names)}"] if names else []
         return "\n".join(lines)
 
@@ -56,11 +59,12 @@ def calibrate(model: nn.Module) -> Iterator[Calibration]:
 
     Inside, the model runs eagerly, with packed weights and activations as they are, and the largest magnitude that
     enters each weight is recorded, for each expert of the rows routed to it. When the block ends, each gets the scale
-    at which that magnitude is the largest representable one. Weights that have a static scale already get a new one;
-    those of other modes are not looked at. Call it before :func:`fx_nvfp4.prepare` and torch.compile.
+    at which that magnitude is the largest representable one. Weights that have a static scale already get a new one,
+    but what nothing reached, an expert or a whole weight, keeps its own; weights of other modes are not looked at. Call
+    it before :func:`fx_nvfp4.prepare` and torch.compile.
 
-    An expert that no token reached takes the largest scale of the experts beside it (of its 3-D weight, or of the same
-    weight in its list), with a warning; more data, or data of more kinds, gives it its own.
+    An expert that no token reached, and that has no scale yet, takes the largest scale of the experts beside it (of its
+    3-D weight, or of the same weight in its list), with a warning; more data, or data of more kinds, gives it its own.
 
     Yields:
         A :class:`Calibration`; it stays as ``model.nvfp4_calibration``.
@@ -105,15 +109,20 @@ def _calibrated(model: nn.Module, weights: dict[str, NVFP4Weight], calibration: 
     after = {}
     for name, weight in weights.items():
         amax = calibration.amax[name]
+        missing = [f"{name}{e}" if e else name for e in (amax == 0).nonzero().tolist()]
         largest = lent.get(name, amax.amax())
-        if largest == 0:
+        if weight.act_scale is not None:
+            calibration.kept += missing
+        elif largest == 0:
             calibration.unreached.append(name)
-            after[name] = weight.replace(activations=UNCALIBRATED, act_scale=None)
+            after[name] = weight
             continue
-        missing = (amax == 0).nonzero().tolist()
-        calibration.borrowed += [f"{name}{e}" if e else name for e in missing]
-        scale = get_dialect(weight.dialect).global_scale(torch.where(amax == 0, largest, amax))
-        after[name] = weight.replace(activations="static", act_scale=scale.to(weight.qdata.device))
+        else:
+            calibration.borrowed += missing
+        scale = get_dialect(weight.dialect).global_scale(torch.where(amax == 0, largest, amax)).to(weight.qdata.device)
+        if weight.act_scale is not None:
+            scale = torch.where((amax == 0).to(scale.device), weight.act_scale, scale)
+        after[name] = weight.replace(activations="static", act_scale=scale)
     return after
 
 

@@ -22,12 +22,17 @@ from .checkpoints.inspect import inspect_checkpoint
 from .dialects import DIALECTS
 from .explain import explain
 from .faithfulness import checkpoint_cases, measure, random_cases
-from .faithfulness.plot import require_matplotlib, save_plot
+from .faithfulness.plot import check_plot, save_plot
 from .faithfulness.table import render_study
 from .inspect_table import LEVELS, render_inspection
 from .random_checkpoint import LAYOUTS, Sizes, write_checkpoint
 
 _DTYPES = ("float32", "bfloat16", "float16")
+# How explain reads a checkpoint; on the command line None stands for these, so that one that is given shows.
+_HOW: dict[str, Any] = {
+    **{"tokens": 16, "dtype": None, "dialect": "hardware", "activations": "checkpoint"},
+    "device": "cuda" if torch.cuda.is_available() else "cpu",
+}
 _EXIT = "exit status: 0, 1 with --strict where something is not as it should be, 2 for what cannot be read"
 
 
@@ -54,7 +59,7 @@ def run_inspect(args: argparse.Namespace) -> int:
 
 def run_explain(args: argparse.Namespace) -> int:
     """Compile a model and print its report."""
-    model, inputs, keywords = _from_factory(args.module) if args.module else _from_checkpoint(args)
+    model, inputs, keywords = _from_factory(args) if args.module else _from_checkpoint(args)
     with torch.no_grad():
         report = explain(model, *inputs, **keywords)
     print(report.to_json() if args.json else report.table(full=args.full))
@@ -63,17 +68,18 @@ def run_explain(args: argparse.Namespace) -> int:
 
 def run_faithfulness(args: argparse.Namespace) -> int:
     """Measure how far several ways of computing are from the exact sums."""
-    if args.plot:
-        require_matplotlib()
     settings = {"tokens": _positive("faithfulness", args.tokens), "seed": args.seed, "device": _device(args.device)}
+    if args.layer is not None and not args.checkpoint:
+        raise UsageError("faithfulness: --layer is of a checkpoint; give one, or leave it out")
     try:
+        check_plot(args.plot)
         cases = checkpoint_cases(args.checkpoint, layer=args.layer, **settings) if args.checkpoint else None
         study = measure(random_cases(**settings) if cases is None else cases, settings["device"])
-        if args.plot:
-            save_plot(study, args.plot)
     except (ValueError, OSError) as error:
         raise UsageError(f"faithfulness: {error}") from error
     print(json.dumps(study.to_dict(), indent=1) if args.json else render_study(study))
+    if args.plot:
+        save_plot(study, args.plot)
     return 0
 
 
@@ -91,12 +97,11 @@ def run_make_checkpoint(args: argparse.Namespace) -> int:
 
 def run_bench(args: argparse.Namespace) -> int:
     """Time prefill and decoding of a whole model."""
-    if args.plot:
-        require_matplotlib()
     if args.save and not args.save.parent.is_dir():
         raise UsageError(f"bench: --save {args.save}: there is no folder {args.save.parent}")
     device = _device(args.device)
     try:
+        check_plot(args.plot)
         settings = Settings(
             args.tokens, args.new_tokens, args.batch, args.repeats, args.activations, args.mode, args.ways,
             args.by_layer, args.record,
@@ -105,11 +110,11 @@ def run_bench(args: argparse.Namespace) -> int:
             raise UsageError("bench: --record needs a CUDA device")
         with opened(args.model) as folder:
             study = bench(folder, settings, device, _name(args.model), lambda study: _tell(study, args.save))
-        if args.plot:
-            save_bench_plot(study, args.plot)
     except (ValueError, OSError) as error:
         raise UsageError(f"bench: {error}") from error
     print(json.dumps(study.to_dict(), indent=1) if args.json else render_bench(study))
+    if args.plot:
+        save_bench_plot(study, args.plot)
     return 0
 
 
@@ -143,24 +148,34 @@ def run_lm_eval(args: argparse.Namespace) -> int:
 def _from_checkpoint(args: argparse.Namespace) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     if args.checkpoint is None:
         raise UsageError("explain: give a checkpoint, or --module for a model of yours")
-    _positive("explain", args.tokens)
+    how = {name: default if (given := getattr(args, name)) is None else given for name, default in _HOW.items()}
+    tokens, device = _positive("explain", how["tokens"]), _device(how["device"])
     model = load(
         args.checkpoint,
-        _device(args.device),
-        getattr(torch, args.dtype) if args.dtype else None,
-        dialect=args.dialect,
-        activations=args.activations,
+        device,
+        getattr(torch, how["dtype"]) if how["dtype"] else None,
+        dialect=how["dialect"],
+        activations=how["activations"],
         progress=sys.stderr.isatty(),
     )
     vocabulary = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocabulary, (1, args.tokens), generator=generator).to(args.device)
+    ids = torch.randint(vocabulary, (1, tokens), generator=generator).to(device)
     return model, (), {"input_ids": ids, "use_cache": False}
 
 
-def _from_factory(name: str) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+def _from_factory(args: argparse.Namespace) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """What the user's function returns: (model, inputs), inputs a tuple or a dict of keyword arguments."""
-    made = _factory(name)()
+    name, given = args.module, [f"--{option}" for option in _HOW if getattr(args, option) is not None]
+    if given:
+        raise UsageError(f"explain: {', '.join(given)} say how a checkpoint is read; your function decides that itself")
+    folder = str(Path.cwd())
+    sys.path.insert(0, folder)
+    try:
+        made = _factory(name)()
+    finally:
+        if folder in sys.path:
+            sys.path.remove(folder)
     if not (isinstance(made, tuple) and len(made) == 2 and callable(made[0]) and isinstance(made[1], (tuple, dict))):
         raise UsageError(f"--module {name}: the function must return (model, inputs), inputs a tuple or a dict")
     model, inputs = made
@@ -171,13 +186,10 @@ def _factory(name: str) -> Callable[[], Any]:
     module_name, _, function = name.partition(":")
     if not (module_name and function):
         raise UsageError(f"--module {name}: expected package.module:function")
-    sys.path.insert(0, str(Path.cwd()))
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise UsageError(f"--module {name}: {error}") from error
-    finally:
-        sys.path.pop(0)
     factory = getattr(module, function, None)
     if not callable(factory):
         raise UsageError(f"--module {name}: {module_name} has no function {function!r}")
@@ -210,12 +222,12 @@ def _parser() -> argparse.ArgumentParser:
     source = explained.add_mutually_exclusive_group()
     source.add_argument("checkpoint", nargs="?", type=Path, help="folder of a checkpoint")
     source.add_argument("--module", metavar="PACKAGE.MODULE:FUNCTION", help="a function that returns (model, inputs)")
-    explained.add_argument("--tokens", type=int, default=16, help="length of the prompt; default 16")
+    explained.add_argument("--tokens", type=int, help=f"length of the prompt; default {_HOW['tokens']}")
     explained.add_argument("--dtype", choices=_DTYPES, help="default: the checkpoint's")
     explained.add_argument(
-        "--dialect", choices=["producer", *DIALECTS], default="hardware", help="rule for activations"
+        "--dialect", choices=["producer", *DIALECTS], help=f"rule for activations; default {_HOW['dialect']}"
     )
-    explained.add_argument("--activations", choices=["checkpoint", "none"], default="checkpoint")
+    explained.add_argument("--activations", choices=["checkpoint", "none"])
     explained.add_argument("--full", action="store_true", help="a line for every site, with its weight and kernel")
     explained.set_defaults(run=run_explain)
 
@@ -251,7 +263,7 @@ def _parser() -> argparse.ArgumentParser:
     harness.set_defaults(run=run_lm_eval)
 
     for command in (explained, faithful, timed):
-        command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        command.add_argument("--device", default=None if command is explained else _HOW["device"])
     for command in (inspect, explained, faithful, timed):
         command.add_argument("--json", action="store_true", help="data instead of a table")
     for command in (inspect, explained):

@@ -131,8 +131,10 @@ class CompressedTensors(Dialect):
     zero_scale = 0.125
 
     def global_scale(self, amax: Tensor) -> Tensor:
-        # Rounded to that dtype, and then read as the fp32 number that is stored.
-        return _or_one(1.0 / (TWO_LEVEL_MAX / amax).double())
+        # Rounded to that dtype, and then read as the fp32 number that is stored; in fp32 where float16 has no such
+        # number, with whose infinity all codes would be zeros.
+        divisor = TWO_LEVEL_MAX / amax
+        return _or_one(1.0 / torch.where(divisor.isfinite(), divisor.double(), (TWO_LEVEL_MAX / amax.float()).double()))
 
     def amax(self, blocks: Tensor) -> Tensor:
         return _spreading_amax(blocks)

@@ -36,7 +36,8 @@ class FusedExperts(nn.Module):
         weighted: "output": the routing weight multiplies the result; "input": it multiplies x.
 
     Raises:
-        ValueError: names do not fit the layout, or the activation is no expression.
+        ValueError: names do not fit the layout, the activation is no expression, or what gate and up round alike
+            differs.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class FusedExperts(nn.Module):
                 f"and biases of {sorted(biases)}"
             )
         parse(activation)
+        _check_rounding(weights, UP_NAMES[layout])
         self.down_proj: NVFP4Weight
         self.down_proj_bias: Tensor | None
         self.activation, self.layout, self.weighted = activation, layout, weighted
@@ -108,3 +110,12 @@ class FusedExperts(nn.Module):
             next((w.dialect for w in (*up, down) if w.activations != "none"), down.dialect),
             self.weighted,
         )
+
+
+def _check_rounding(weights: Mapping[str, NVFP4Weight], up: tuple[str, ...]) -> None:
+    """Raise where the weights ask for more than the op has: one mode for what enters gate and up, one dialect."""
+    modes = {name: weights[name].activations for name in up}
+    dialects = {name: w.dialect for name, w in weights.items() if w.activations != "none"}
+    for what, found in (("activations of gate and up", modes), ("dialects", dialects)):
+        if len(set(found.values())) > 1:
+            raise ValueError(f"FusedExperts: {what} differ, {found}: the op rounds them alike; quantise them alike")

@@ -74,6 +74,7 @@ def quantize_(
             record.packed += [f"{path}.{name}".strip(".") for name in names]
             tied.remember(module, names)
         record.left_alone.update(_left_alone(module, path, module in chosen, filter_fn, tied))
+    _leave_the_fast_path(model)
     model.nvfp4_quantization = record  # type: ignore[assignment]
     log.info("%s", record)
 
@@ -108,33 +109,43 @@ def _left_alone(module: nn.Module, path: str, chosen: bool, filter_fn: Filter, t
     return {f"{path}.{name}".strip("."): reason for name in dense}
 
 
+def _leave_the_fast_path(model: nn.Module) -> None:
+    """Make PyTorch's own encoder layers call their linear layers: in inference one op reads their weights as dense."""
+    for module in model.modules():
+        if not any(isinstance(p.data, NVFP4Weight) for p in module.parameters()):
+            continue
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # which it looks at first
+        if isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False  # which that op alone takes
+
+
 class _Tied:
     """Parameters that several modules hold stay one."""
 
     def __init__(self, model: nn.Module) -> None:
         owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-        self._several = {key for key, count in owners.items() if count > 1}
         self._tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-        self._dense: dict[nn.Module, int] = {m: id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
+        # Of the weights that may be packed, by what they were before that.
+        dense = {m: {name: id(p) for name, p in packable(m)} for m in model.modules()}
+        self._several = {m: {n: key for n, key in found.items() if owners[key] > 1} for m, found in dense.items()}
         self._packed: dict[int, nn.Parameter] = {}
 
     def to_table(self, module: nn.Module) -> bool:
         """Whether a linear layer's weight is an embedding's."""
-        return self._dense.get(module) in self._tables
+        return not self._tables.isdisjoint(self._several.get(module, {}).values())
 
     def reuse(self, module: nn.Module) -> bool:
-        """Give a linear layer the packed weight of the one it is tied to, if that was packed."""
-        packed = self._packed.get(self._dense.get(module, 0))
-        if packed is None:
-            return False
-        module.register_parameter("weight", packed)
-        return True
+        """Give a module the packed weights of those that it is tied to; whether none is left to pack."""
+        for name, key in self._several.get(module, {}).items():
+            if key in self._packed:
+                module.register_parameter(name, self._packed[key])
+        return not packable(module)
 
     def remember(self, module: nn.Module, names: list[str]) -> None:
         """Keep what was packed for those tied to it."""
-        key = self._dense.get(module)
-        if key in self._several:
-            self._packed[key] = module.weight  # type: ignore[assignment]
+        of_several = self._several.get(module, {})
+        self._packed.update({of_several[n]: module.get_parameter(n) for n in names if n in of_several})
 
 
 @register_quantize_module_handler(NVFP4Config)

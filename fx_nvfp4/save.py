@@ -9,8 +9,8 @@ from torch import nn
 
 from .checkpoints import skeleton
 from .checkpoints.describe import hf_quant_config, quantization_config
-from .checkpoints.formats import COMPRESSED_TENSORS, MODELOPT
-from .checkpoints.shards import write_json, write_shards
+from .checkpoints.formats import COMPRESSED_TENSORS, MODELOPT, Convention
+from .checkpoints.shards import as_json, write_shards, write_text
 from .checkpoints.stored import dense_modules, stored_tensors
 from .ops import UNCALIBRATED
 from .parallel.experts import is_sharded
@@ -53,17 +53,28 @@ def save(model: Any, path: str | Path, producer: str = "modelopt", *, shard_size
             "save: this rank holds a part of the experts alone: save the model that was sharded, on one rank"
         )
     convention, activations = _CONVENTIONS[producer], _activations(model)
+    described = _description(model, convention, activations)  # before anything is written: it may fail
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     write_shards(folder, stored_tensors(model, convention), shard_size)
+    for name, text in described.items():
+        if text is None:
+            (folder / name).unlink(missing_ok=True)
+        else:
+            write_text(folder / name, text)
+
+
+def _description(model: Any, convention: Convention, activations: str) -> dict[str, str | None]:
+    """The files beside the weights, as text; None: one of an earlier checkpoint that would say what is no longer so."""
     ignore = dense_modules(model, convention)
     config = skeleton.written_config(model)
     config["quantization_config"] = quantization_config(convention, activations, ignore)
-    write_json(folder / "config.json", config)
-    if convention is MODELOPT:
-        write_json(folder / "hf_quant_config.json", hf_quant_config(activations, ignore))
-    if model.can_generate():
-        model.generation_config.save_pretrained(folder)
+    return {
+        "config.json": as_json(config),
+        "hf_quant_config.json": as_json(hf_quant_config(activations, ignore)) if convention is MODELOPT else None,
+        # Not by its save_pretrained, which refuses settings that published models have.
+        "generation_config.json": model.generation_config.to_json_string() if model.can_generate() else None,
+    }
 
 
 def _activations(model: nn.Module) -> str:

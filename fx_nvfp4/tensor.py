@@ -19,6 +19,8 @@ from .pickled import state_to_pickle, take_pickled
 
 Dims = tuple[tuple[int, ...], ...]
 
+# On parameters of which other ranks hold the rest of K, so that their largest activation is not known here.
+PART_OF_K = "_nvfp4_part_of_k"
 LAYOUT = "layout"  # what __tensor_flatten__ adds to the arguments of the constructor
 _MODES = (*ACTIVATION_MODES, UNCALIBRATED)
 

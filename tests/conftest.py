@@ -55,6 +55,10 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(100_000, 20, 20)
 
 
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # or extensions report at exit what was never freed
+
+
 @pytest.fixture
 def device() -> str:
     """Where tests run natively: the GPU if there is one."""

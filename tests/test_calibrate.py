@@ -205,6 +205,30 @@ def test_a_layer_that_nothing_reached_stays_uncalibrated_and_says_so():
         model.unused(torch.randn(3, 32))
 
 
+def test_what_nothing_reaches_the_second_time_keeps_its_scale():
+    """It lost a good scale: layers became uncalibrated, experts took the largest beside them."""
+    model = quantized(Experts())
+    calibrated(model, tokens())
+    before = model.w13.data.act_scale.clone(), model.shared.weight.act_scale.clone()
+    prefer(model.router, [0, 2])
+    found = calibrated(model, 4 * tokens())
+    after = model.w13.data.act_scale
+    assert torch.equal(after[[1, 3]], before[0][[1, 3]])
+    assert (after[[0, 2]] > 2 * before[0][[0, 2]]).all()
+    assert model.shared.weight.act_scale > 2 * before[1]
+    assert (found.kept, found.borrowed, found.unreached) == (["w13[1]", "w13[3]", "w2[1]", "w2[3]"], [], [])
+    assert "scale of before: w13[1]" in str(found)
+    two = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
+    quantized(two)
+    calibrated(two, torch.randn(3, 32))
+    scale = two[1].weight.act_scale
+    with torch.no_grad(), calibrate(two) as found:
+        two[0](torch.randn(3, 32))
+    assert found.kept == ["1.weight"]
+    assert two[1].weight.activations == "static"
+    assert torch.equal(two[1].weight.act_scale, scale)
+
+
 # Errors
 
 
@@ -246,7 +270,7 @@ def test_fused_experts_are_to_be_calibrated_before():
     model = quantized(ListOfExperts().eval())
     calibrated(model, tokens())
     fx_nvfp4.prepare(model)
-    with pytest.raises(NotImplementedError, match="calibrate first"):
+    with pytest.raises(NotImplementedError, match=r"calibrate the model before prepare\(\)"):
         calibrated(model, tokens())
 
 

@@ -145,6 +145,7 @@ def test_explain_takes_a_users_model_and_strict_is_the_exit_status(capsys, users
         (("--module", "users_model:alone"), "must return (model, inputs)"),
         ((SMALL, "--tokens", "0"), "--tokens must be at least 1"),
         ((SMALL, "--device", "nonsense"), "--device nonsense: "),
+        (("--module", "users_model:right", "--dtype", "float32", "--tokens", "3"), "--tokens, --dtype say how a check"),
     ],
 )
 def test_what_cannot_be_served_is_named(capsys, users_module, arguments, message):
@@ -158,3 +159,35 @@ def test_the_package_runs_as_a_program(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0
     assert "32 packed weights" in done.stdout
+
+
+@pytest.mark.parametrize("command", [("faithfulness",), ("bench", "--model", SMALL)])
+def test_where_a_plot_cannot_go_is_told_before_anything_is_measured(capsys, tmp_path, command):
+    pytest.importorskip("matplotlib")
+    for file, message in (
+        (tmp_path / "none" / "x.png", "there is no folder"),
+        (tmp_path / "x.foo", "must end in one of"),
+    ):
+        status, out, err = run(capsys, *command, "--plot", file)
+        assert (status, out) == (2, "")
+        assert message in err
+
+
+def test_arguments_that_nothing_reads_are_errors(capsys):
+    assert "--layer is of a checkpoint" in run(capsys, "faithfulness", "--layer", 77)[2]
+    assert "Unrecognized mode=typo" in run(capsys, "bench", "--model", SMALL, "--mode", "typo")[2]
+
+
+def test_a_users_module_may_change_the_path_and_import_late(capsys, tmp_path, monkeypatch, users_module):
+    """What it put first was taken away in place of the folder."""
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "late_helper.py").write_text("from users_model import right\n")
+    (tmp_path / "early.py").write_text(
+        f"import sys\nsys.path.insert(0, {str(tmp_path / 'lib')!r})\n"
+        "def make():\n    import late_helper\n    return late_helper.right()\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert run(capsys, "explain", "--module", "early:make")[0] == 0
+    assert str(tmp_path / "lib") in sys.path
+    assert str(tmp_path) not in sys.path

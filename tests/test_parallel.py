@@ -82,7 +82,7 @@ def test_what_is_no_mesh_is_told():
         (shard_cases.fused, (mesh(2), "rows"), "dim must be one of"),
         (shard_cases.fused, (mesh(2), "intermediate", "own"), "needs every token"),
         (lambda: shard_cases.fused(activations="dynamic"), (mesh(2), "intermediate"), "calibrate for static scales"),
-        (lambda: nn.Linear(3, 3), (mesh(2),), "holds no packed experts"),
+        (lambda: nn.Linear(3, 3), (mesh(2),), r"holds no packed experts .*lists of packed experts, fx_nvfp4\.prepare"),
     ],
 )
 def test_refusals_say_what_to_do(model, arguments, message):
@@ -95,6 +95,16 @@ def test_unknown_modules_of_experts_are_refused():
     module.w = nn.Parameter(fx_nvfp4.NVFP4Weight.from_dense(torch.randn(4, 16, 16)), requires_grad=False)
     with pytest.raises(ValueError, match=r"experts: Module holds packed experts .*FusedExperts"):
         fx_nvfp4.shard_experts(nn.ModuleDict({"experts": module}), mesh(2))
+
+
+def test_dynamic_scales_of_a_part_of_k_are_refused():
+    """The option made weight-only weights round by the largest activation that this rank saw, in silence."""
+    two = SimpleNamespace(ndim=1, size=lambda: 2, get_local_rank=lambda: 0, get_group=lambda: None)
+    w = fx_nvfp4.shard_experts(shard_cases.fused(), two, "intermediate").down_proj
+    run = torch.compile(lambda x: x @ w.mT, backend="nvfp4_emu", options={"activations": "nvfp4", "codegen": False})
+    with torch.no_grad(), pytest.raises(Exception, match="sharded by its intermediate dim"):
+        run(torch.randn(w.shape[0], 3, w.shape[2]))
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("name", ["new_zeros", "empty_like"])

@@ -9,6 +9,7 @@ import ctypes
 import functools
 import sys
 import warnings
+import weakref
 
 import moe_parents as parents
 import pytest
@@ -18,8 +19,10 @@ from torch import nn
 
 import fx_nvfp4
 from fx_nvfp4 import NVFP4Warning, NVFP4Weight
+from fx_nvfp4 import format as nvfp4
 from fx_nvfp4.backend import collect_reports
 from fx_nvfp4.fused import FusedExperts
+from fx_nvfp4.parameters import replace_parameters
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.03}
 
@@ -139,6 +142,83 @@ class Layers(nn.Module):
         for layer in self.layers:
             x = x + first(layer(x))
         return x
+
+
+class SpelledExpert(nn.Module):
+    """Codes, scales and a table in buffers, none of which tells the dtype that the model runs in."""
+
+    def __init__(self):
+        super().__init__()
+        for name, shape in (("gate", (48, 64)), ("up", (48, 64)), ("down", (64, 48))):
+            weight = torch.randn(shape) / 8
+            scale = weight.abs().max() / 2688
+            codes, block_scale = nvfp4.quantize(weight, scale)
+            for part, value in (("codes", codes), ("scales", block_scale), ("scale", scale)):
+                self.register_buffer(f"{name}_{part}", value)
+        self.register_buffer("table", torch.tensor(nvfp4.E2M1_VALUES))
+
+    def product(self, x, name):
+        codes, scales, scale = (getattr(self, f"{name}_{part}") for part in ("codes", "scales", "scale"))
+        values = self.table[torch.stack((codes & 15, codes >> 4), -1).flatten(-2).long()]
+        return x @ (values * (scales.float() * scale).repeat_interleave(16, -1)).to(x.dtype).T
+
+    def forward(self, x):
+        return self.product(torch.nn.functional.silu(self.product(x, "gate")) * self.product(x, "up"), "down")
+
+
+class RoutedInFloat32(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.router = nn.Linear(64, 4, bias=False)
+        self.experts = nn.ModuleList(SpelledExpert() for _ in range(4))
+
+    def forward(self, x):
+        weights, ids = self.router(x.float()).softmax(-1).topk(2, -1)
+        out = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            token, slot = torch.where(ids == e)
+            out.index_add_(0, token, expert(x[token]) * weights.to(x.dtype)[token, slot, None])
+        return out
+
+
+def test_experts_that_show_no_dtype_run_in_the_model_s():
+    """They were recorded in torch's default dtype: what casts to it was lost, and the next call raised."""
+    model = nn.Sequential(nn.Linear(64, 64).bfloat16(), RoutedInFloat32()).eval().requires_grad_(False)
+    x = torch.randn(9, 64).bfloat16()
+    want = run(model, x)
+    assert len(prepared(model).nvfp4_preparation.fused) == 1
+    assert error(run(model, x), want) < TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("what", ["activations of gate and up", "dialects"])
+def test_fused_experts_round_gate_and_up_alike(what):
+    """Up's mode was not looked at."""
+    dialects = ["hardware", "hardware", "torchao"] if what == "dialects" else ["hardware"] * 3
+    modes = ["dynamic"] * 3 if what == "dialects" else ["none", "dynamic", "none"]
+    weights = {
+        name: NVFP4Weight.from_dense(torch.randn(2, *shape), mode, dialect=dialect)
+        for name, shape, mode, dialect in zip(
+            ("gate_proj", "up_proj", "down_proj"), ((48, 64), (48, 64), (64, 48)), modes, dialects, strict=True
+        )
+    }
+    with pytest.raises(ValueError, match=f"{what} differ"):
+        FusedExperts(weights, {}, "silu(g) * u", "separate")
+
+
+def test_old_parameters_are_freed_one_by_one():
+    """All of them were kept to the end: twice the model's memory."""
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)), nn.Linear(8, 8))
+    model[4].weight = model[0].weight
+    old, alive = [weakref.ref(p) for p in model.parameters()], []
+
+    def replace(name, value):
+        alive.append(sum(ref() is not None for ref in old))
+        return value.clone()
+
+    replace_parameters(model, replace)
+    assert alive == [9, 9, 8, 7, 6, 5, 4, 3, 2]  # but for the tied one, the first
+    assert model[4].weight is model[0].weight
+    assert sum(ref() is not None for ref in old) == 0
 
 
 def test_layers_share_one_class_and_keep_their_own_weights():

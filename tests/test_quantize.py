@@ -1,5 +1,7 @@
 """quantize_: the bytes are the oracle's, the right weights are packed, scales are shared as asked, errors say why."""
 
+import copy
+
 import pytest
 import torch
 import torchao.quantization
@@ -192,6 +194,67 @@ def test_linear_layers_that_are_tied_stay_tied():
     quantize_(model)
     assert model["a"].weight is model["b"].weight
     assert isinstance(model["a"].weight.data, NVFP4Weight)
+
+
+def test_experts_that_are_tied_stay_tied():
+    """They were packed one by one, in twice the memory."""
+    model = nn.ModuleList([Experts(), Experts()])
+    model[1].w13, model[1].w2 = model[0].w13, model[0].w2
+    quantize_(model)
+    assert all(getattr(model[0], name) is getattr(model[1], name) for name in ("w13", "w2"))
+    assert isinstance(model[0].w13.data, NVFP4Weight)
+    assert model[0].shared.weight is not model[1].shared.weight
+
+
+def test_weights_that_are_computed_are_refused_before_any_is_packed():
+    """It ended in a KeyError that named nothing, half of the model packed."""
+    model = nn.ModuleDict({"first": nn.Linear(32, 32), "normed": nn.Linear(32, 32)})
+    nn.utils.parametrizations.weight_norm(model["normed"])
+    with pytest.raises(ValueError, match=r"normed\.weight: computed from other parameters .*parametrization"):
+        quantize_(model)
+    assert not packed(model)
+
+
+def test_encoder_layers_of_pytorch_run_in_inference():
+    """Their fast path hands packed weights to an op that reads dense ones."""
+    layer = nn.TransformerEncoderLayer(64, 4, 128, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    quantize_(model)
+    assert len(packed(model)) == 4
+    x = torch.randn(2, 5, 64)
+    masked = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    for mask in (None, masked):
+        want = model(x, src_key_padding_mask=mask)  # with gradients that path is not taken
+        with torch.no_grad():
+            got = model(x, src_key_padding_mask=mask)
+        torch.testing.assert_close(got, want.detach())
+
+
+def test_gate_and_up_of_stacked_experts_apart_share_a_scale():
+    """Each had its own, so that an engine that keeps one was off by what lies between them."""
+    model = nn.Module()
+    torch.manual_seed(0)
+    for name, shape, factor in (("gate_proj", (48, 64), 1), ("up_proj", (48, 64), 5), ("down_proj", (64, 48), 1)):
+        model.register_parameter(name, nn.Parameter(factor * torch.randn(EXPERTS, *shape)))
+    model.is_transposed = False
+    apart = copy.deepcopy(model)
+    quantize_(model)
+    gate, up = model.gate_proj.data.global_scale, model.up_proj.data.global_scale
+    assert torch.equal(gate, up)
+    assert gate.unique().numel() == EXPERTS
+    quantize_(apart, NVFP4Config(global_scale="projection"))
+    assert (apart.up_proj.data.global_scale > 3 * apart.gate_proj.data.global_scale).all()
+
+
+def test_small_weights_in_float16_keep_their_codes():
+    """compressed-tensors' divisor 2688 / amax is infinite in float16, and all codes became zeros."""
+    for dialect in DIALECTS:
+        layer = nn.Linear(64, 64, bias=False).half()
+        layer.weight.data *= 0.005 / layer.weight.abs().max().item()
+        dense = layer.weight.detach().float()
+        quantize_(layer_in := nn.Sequential(layer), NVFP4Config(dialect=dialect))
+        off = layer_in[0].weight.dequantize(torch.float32) - dense
+        assert off.norm() < 0.12 * dense.norm(), dialect
 
 
 def test_odd_sizes_are_left_and_named():

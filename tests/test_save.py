@@ -167,6 +167,28 @@ def test_saving_over_an_older_checkpoint_leaves_nothing_of_it(tmp_path):
     loaded(tmp_path)
 
 
+def test_what_cannot_be_described_leaves_the_older_checkpoint(tmp_path):
+    """The new weights were written first, beside a config of the old ones."""
+    model = quantized(transformers_model("Mixtral"))
+    save(model, tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    model.config.strange = {1, 2}  # no JSON has sets
+    with pytest.raises(TypeError):
+        save(model, tmp_path, "compressed-tensors")
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_files_of_another_producer_and_odd_generation_settings(tmp_path):
+    """One that says ModelOpt stayed beside compressed-tensors' weights; settings that transformers calls invalid, which
+    published models have, ended the call when all weights were written."""
+    model = quantized(transformers_model("Mixtral"))
+    save(model, tmp_path)
+    model.generation_config.temperature = 0.6  # without do_sample
+    save(model, tmp_path, "compressed-tensors")
+    assert not (tmp_path / "hf_quant_config.json").exists()
+    assert json.loads((tmp_path / "generation_config.json").read_text())["temperature"] == 0.6
+
+
 def test_tied_heads_are_stored_once(tmp_path):
     model = quantized(transformers_model("Qwen3Moe", tie_word_embeddings=True))
     save(model, tmp_path)

@@ -59,7 +59,11 @@ class Settings:
                 raise ValueError(f"{name} must be at least 1, got {list(values)}")
         if self.record not in ("", "steps", "all"):
             raise ValueError(f'record must be "steps" or "all", got {self.record!r}')
-        if self.record and (graphs := torch._inductor.list_mode_options(self.mode).get("triton.cudagraphs")):
+        try:
+            graphs = torch._inductor.list_mode_options(self.mode).get("triton.cudagraphs")
+        except RuntimeError as error:
+            raise ValueError(f"mode: {error}") from error
+        if self.record and graphs:
             raise ValueError(f"mode {self.mode} records CUDA graphs by itself (cudagraphs={graphs}): give no record")
 
 

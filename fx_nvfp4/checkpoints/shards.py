@@ -78,4 +78,15 @@ def write_index(folder: Path, tensors: Sequence[Sequence[str]], total: int) -> N
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_text(file, as_json(content))
+
+
+def as_json(content: dict[str, Any]) -> str:
+    return json.dumps(content, indent=2) + "\n"
+
+
+def write_text(file: Path, text: str) -> None:
+    """As a whole, or not at all."""
+    beside = file.with_name(f".{file.name}.new")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(file)

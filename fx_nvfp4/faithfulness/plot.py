@@ -22,6 +22,23 @@ def require_matplotlib() -> Any:
     return Figure, FigureCanvasAgg
 
 
+def check_plot(file: Path | None) -> None:
+    """Raise before anything is measured where it could not be drawn into that file.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: there is no such folder, or matplotlib draws no files of that ending.
+    """
+    if file is None:
+        return
+    figure, canvas = require_matplotlib()
+    endings = sorted(canvas(figure()).get_supported_filetypes())
+    if not file.parent.is_dir():
+        raise ValueError(f"--plot {file}: there is no folder {file.parent}")
+    if file.suffix.removeprefix(".").lower() not in endings:
+        raise ValueError(f"--plot {file}: the name must end in one of {endings}")
+
+
 def save_plot(study: Study, file: str | Path) -> None:
     """Draw the fp32 errors, a group of bars a case, to a file whose ending chooses the format (png, svg, pdf).
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 from torch import nn
 
 from ..format import BLOCK
-from ..tensor import NVFP4Weight
+from ..tensor import PART_OF_K, NVFP4Weight
 from . import cut
 from .experts import Experts, find_experts
 
@@ -48,7 +48,10 @@ def shard_experts(model: Model, mesh: DeviceMesh, dim: str = "expert", tokens: s
     _check_arguments(mesh, dim, tokens)
     found = find_experts(model, {n for n, p in model.named_parameters() if isinstance(p, NVFP4Weight)})
     if not found:
-        raise ValueError("shard_experts: the model holds no packed experts; load or quantise it first")
+        raise ValueError(
+            "shard_experts: the model holds no packed experts in 3-D: load or quantise it first; where it holds lists "
+            "of packed experts, fx_nvfp4.prepare(model) makes them such"
+        )
     for experts in found:
         _check(experts, mesh.size(), dim)
     for experts in found:
@@ -107,6 +110,8 @@ def _shard(experts: Experts, mesh: DeviceMesh, dim: str, tokens: str) -> None:
     for name, part in parts.items():
         frozen = not experts.module.get_parameter(name).requires_grad
         experts.module.register_parameter(name, nn.Parameter(part, requires_grad=not frozen))
+    if dim == "intermediate":
+        setattr(experts.down, PART_OF_K, True)
     _install(experts, mesh, dim, tokens, count)
 
 

@@ -24,11 +24,12 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 @dataclass(frozen=True)
 class ExpertList:
-    """A list of packed experts: its path in the model, and its entries."""
+    """A list of packed experts: its path in the model, its entries, and the dtype of what enters them."""
 
     path: str
     container: nn.Module
     experts: list[nn.Module]
+    dtype: torch.dtype = torch.float32
 
 
 def find_lists(model: nn.Module) -> list[tuple[str, nn.Module]]:

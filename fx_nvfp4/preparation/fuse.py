@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from ..fused import BIAS, DOWN_NAME, UP_NAMES, FusedExperts
 from ..report import ROOT
+from ..tensor import NVFP4Weight
 from .candidates import ExpertList, find_parents, structure
 from .combine import find_combines
 from .expert import ExpertPlan, leaves_of
@@ -52,6 +54,7 @@ def fuse(model: nn.Module, found: ExpertList, memo: Memo) -> FusedList:
     Raises:
         Unsuited: it stays as it is, and computes what it did.
     """
+    found = replace(found, dtype=_dtype(found.experts[0], model))
     plan = _plan(found, memo)
     for name, expert in zip(found.container._modules, found.experts, strict=True):
         plan.check_tables(name, expert)
@@ -69,7 +72,7 @@ def fuse(model: nn.Module, found: ExpertList, memo: Memo) -> FusedList:
 
 
 def _plan(found: ExpertList, memo: Memo) -> ExpertPlan:
-    dtype = _dtype(found.experts[0])
+    dtype = found.dtype
     key = structure(found.experts[0]), dtype
     if key not in memo.plans:
         try:
@@ -111,7 +114,7 @@ def _exchange(
     Raises:
         Unsuited: it gives something else; the weights are back in their places.
     """
-    dtype, rank = _dtype(found.experts[0]), forwards.sources[0][0][1]
+    dtype, rank = found.dtype, forwards.sources[0][0][1]
     inputs = [_random(shape, forwards.width, found) for shape in (_RECORDED[rank][0], _CHECKED[rank][0])]
     probe = _random((2,), plan.in_features, found)
     sampled = {*range(0, len(found.experts), max(1, len(found.experts) // _SAMPLED)), len(found.experts) - 1}
@@ -240,17 +243,27 @@ def _widths(parent: nn.Module, plan: ExpertPlan) -> list[int]:
 
 
 def _random(shape: tuple[int, ...], width: int, found: ExpertList) -> Tensor:
-    device, dtype = next(leaves_of(found.experts[0])).get().device, _dtype(found.experts[0])
+    device = next(leaves_of(found.experts[0])).get().device
     generator = torch.Generator().manual_seed(sum(shape))
-    return torch.randn(*shape, width, generator=generator).to(device, dtype)
+    return torch.randn(*shape, width, generator=generator).to(device, found.dtype)
 
 
-def _dtype(expert: nn.Module) -> torch.dtype:
-    """What the experts' hidden states are: packed parameters show it, else other parameters and buffers do."""
+def _dtype(expert: nn.Module, model: nn.Module) -> torch.dtype:
+    """What the experts' hidden states are: packed parameters show it, else other parameters and buffers do.
+
+    Experts may hold codes, scales and nothing else; then it is what most of the model's parameters are.
+    """
     shown = (torch.float32, torch.bfloat16, torch.float16)
     tensors = [*expert.parameters(), *expert.buffers()]
-    packed = [t.dtype for t in tensors if t.dtype in shown and t.dim() > 1]
-    return (packed or [torch.get_default_dtype()])[0]
+    for dims in (2, 1):  # of what has one dim, biases are in 16 bits; scales and tables need not be
+        found = [t.dtype for t in tensors if t.dtype in (shown if dims == 2 else shown[1:]) and t.dim() >= dims]
+        if found:
+            return found[0]
+    sizes: Counter[torch.dtype] = Counter()
+    for p in model.parameters():
+        if p.dtype in shown and not isinstance(p.data, NVFP4Weight):
+            sizes[p.dtype] += p.numel()
+    return sizes.most_common(1)[0][0] if sizes else torch.get_default_dtype()
 
 
 def _children(parent: nn.Module) -> Hashable:

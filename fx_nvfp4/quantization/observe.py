@@ -56,7 +56,8 @@ class Observer(TorchDispatchMode):
             args = (*args[:at], None, "none", *args[at + 2 :])
         elif func is _OPS.moe.default and UNCALIBRATED in args:
             raise NotImplementedError(
-                "calibrate: experts that prepare() fused do not show their inputs; calibrate first"
+                "calibrate: a FusedExperts, as prepare() makes, does not show what enters its experts: calibrate the "
+                "model before prepare(), or give a hand-made one weights that have static scales"
             )
         return func(*args, **(kwargs or {}))
 

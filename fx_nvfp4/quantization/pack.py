@@ -11,7 +11,7 @@ from ..ops import UNCALIBRATED
 from ..tensor import NVFP4Weight
 from .blocks import quantize
 from .config import NVFP4Config
-from .scales import as_matrices, projections, row_scales
+from .scales import as_matrices, experts_amax, projections, row_scales
 from .targets import packable, stored_transposed
 
 # Numbers that are quantised at a time: their fp32 copies are all that is in memory beside the weight.
@@ -35,24 +35,35 @@ def pack_module(module: nn.Module, config: NVFP4Config, fqn: str = "", amax: Ten
     """
     transposed = check_module(module, config, fqn)
     names = [name for name, _ in packable(module)]
+    shared = _shared_amax(module, names, config, fqn) if amax is None else dict.fromkeys(names, amax)
     for name in names:
         weight = getattr(module, name).detach()
         weight = weight.mT if transposed else weight
-        if amax is None:
+        if name in shared:
+            scale = get_dialect(config.dialect).global_scale(shared[name].to(weight.device))
+            scale = scale.unsqueeze(-1).expand(weight.shape[:-1])
+        else:
             parts = projections(module, name, weight.shape[-2], config)
             scale = row_scales(weight, parts, config, _where(module, fqn, name))
-        else:
-            scale = get_dialect(config.dialect).global_scale(amax.to(weight.device)).expand(weight.shape[:-1])
         packed = pack(weight, scale, config).replace(transposed=transposed)
         module.register_parameter(name, nn.Parameter(packed, requires_grad=False))
     return names
+
+
+def _shared_amax(module: nn.Module, names: list[str], config: NVFP4Config, fqn: str) -> dict[str, Tensor]:
+    """Largest magnitudes [E] of gate and up weights that stand apart and share a global scale."""
+    if config.global_scale != "fused" or isinstance(module, nn.Linear):
+        return {}
+    weights = {name: module.get_parameter(name).detach() for name in names}
+    return experts_amax(weights, fqn or type(module).__name__)
 
 
 def check_module(module: nn.Module, config: NVFP4Config, fqn: str) -> bool:
     """Whether a module's weights are stored transposed, once nothing forbids to pack them but what they hold.
 
     Raises:
-        ValueError: it cannot be told which dim K is, K is not a multiple of 16, or weights are on the meta device.
+        ValueError: it cannot be told which dim K is, K is not a multiple of 16, weights are on the meta device, or
+            are not parameters but computed from some.
     """
     weights, linear = packable(module), isinstance(module, nn.Linear)
     transposed = False
@@ -60,6 +71,11 @@ def check_module(module: nn.Module, config: NVFP4Config, fqn: str) -> bool:
         transposed = stored_transposed(module, fqn) if config.transposed is None else config.transposed
     for name, weight in weights:
         where, k = _where(module, fqn, name), weight.shape[-2 if transposed else -1]
+        if name not in module._parameters:
+            raise ValueError(
+                f"{where}: computed from other parameters (weight_norm, a parametrization?), not one itself: remove "
+                "that first (torch.nn.utils.parametrize.remove_parametrizations), or let filter_fn leave it out"
+            )
         if weight.is_meta:
             raise ValueError(f"{where}: no values yet (meta device); load the weights first")
         if k % BLOCK:

@@ -13,7 +13,7 @@ from ..dialects import get_dialect
 from .config import NVFP4Config
 
 _GATE_UP = re.compile(r"gate_?up|gate_and_up|w13|w1_w3")
-# Linear layers of one module that engines multiply as one weight.
+# Linear layers, or 3-D weights, of one module that engines multiply as one weight.
 _FUSED = (
     ("q_proj", "k_proj", "v_proj"),
     ("q_a_proj", "kv_a_proj_with_mqa"),
@@ -58,6 +58,22 @@ def projections(module: nn.Module, name: str, rows: int, config: NVFP4Config) ->
     if experts_layout(module).interleaved:
         return slice(0, None, 2), slice(1, None, 2)
     return slice(0, rows // 2), slice(rows // 2, None)
+
+
+def experts_amax(weights: dict[str, Tensor], where: str) -> dict[str, Tensor]:
+    """Of each expert [E], the largest magnitude of all 3-D weights that share its global scale, where several do.
+
+    Args:
+        weights: those that a module holds side by side, by their names in it.
+        where: the module, for messages.
+    """
+    found: dict[str, Tensor] = {}
+    for names in _FUSED:
+        together = [name for name in names if name in weights]
+        if len(together) > 1 and len({weights[name].shape[0] for name in together}) == 1:
+            each = [torch.stack([largest_magnitude(m, f"{where}.{n}") for m in weights[n]]) for n in together]
+            found.update(dict.fromkeys(together, torch.stack(each).amax(dim=0)))
+    return found
 
 
 def shared_amax(model: nn.Module, chosen: Callable[[nn.Module], bool]) -> dict[nn.Module, Tensor]:
