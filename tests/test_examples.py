@@ -13,7 +13,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def run(name, cache, *arguments, launcher=()):
-    """cache: Inductor's, one of its own for an example that shows what a compilation writes; None: that of all tests."""
+    """cache: Inductor's, one of its own for examples that show what one writes; None: that of all tests."""
     # Small products gain nothing from more threads, and wait for each other where cores are busy.
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     if cache:
