@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import importlib.util
@@ -48,7 +49,7 @@ OPTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "out_dtype": (None, (None, torch.float32, torch.bfloat16, torch.float16)),
     "shared_scales": (None, (None, "vllm")),
     "check_finite": (False, _SWITCHES),
-    "tune": (False, _SWITCHES),
+    "tune": (None, (None, *_SWITCHES)),
     "inline": (True, _SWITCHES),
     "prepack": (True, (*_SWITCHES, "always")),  # "always": on a CPU too, where nothing gains from it
 }
@@ -74,13 +75,13 @@ def nvfp4_emu(
             ``"codegen"`` (default True), False runs the rewritten graph op by op instead of generating code, which
             tells an error of the rewriting from one of a kernel; ``"prepack"`` (default True), permute packed weights
             that the model owns, where kernels read tiles (on a GPU, in 16 bits, without gradients), as they lie, see
-            :meth:`NVFP4Weight.tile_`; ``"tune"`` (default False, True with the max-autotune modes), time configurations
-            of the tiled kernels at the first call of a block in a range of token counts, see
-            :mod:`fx_nvfp4.tuning`; ``"inline"`` (default True), put kernels on tiled weights into the generated code,
-            where it can be, instead of a call of our op, see :mod:`fx_nvfp4.inlined`. On the arithmetic:
-            ``"activations"`` (default "checkpoint"), ``"as_written"``, ``"out_dtype"``, ``"shared_scales"`` and
-            ``"check_finite"``, see :class:`fx_nvfp4.passes.settings.Settings`. Every other name goes to Inductor's
-            config.
+            :meth:`NVFP4Weight.tile_`; ``"tune"`` (default None: with the max-autotune modes), time configurations of
+            the tiled kernels at the first call of a block in a range of token counts, from then on in the whole
+            process, see :mod:`fx_nvfp4.tuning`; ``"inline"`` (default True), put kernels on tiled weights into the
+            generated code, where it can be, instead of a call of our op, see :mod:`fx_nvfp4.inlined`. On the
+            arithmetic: ``"activations"`` (default "checkpoint"), ``"as_written"``, ``"out_dtype"``,
+            ``"shared_scales"`` and ``"check_finite"``, see :class:`fx_nvfp4.passes.settings.Settings`. Every other
+            name goes to Inductor's config.
 
     Raises:
         NotEmulatedError: strict, and a packed weight is not emulated; names the site, the reason and what to do.
@@ -89,7 +90,7 @@ def nvfp4_emu(
     if unknown:
         log.debug("nvfp4_emu: arguments %s of this torch release are not used", sorted(unknown))
     ours, inductor = _split_options(options or {})
-    if ours["tune"] or (mode or "").startswith("max-autotune"):
+    if (mode or "").startswith("max-autotune") if ours["tune"] is None else ours["tune"]:
         tuning.enable()
     patches = {**compat.mode_patches(mode), **inductor}
     if versions.is_tested():
@@ -205,11 +206,13 @@ class EmulationPass(CustomGraphPass):
         """The report of the compilation, which took seconds, with the files and log entries that it leaves."""
         if self.report is None:
             report = self._restore(key)
+            # What runs may be another than when this was compiled, as FX_NVFP4_CPU says.
+            report.matched = [with_choice(dataclasses.replace(m, config="")) for m in report.matched]
         else:
             report = self.report
             report.cost.compilation = seconds
-            report.notes += notes
             self._save(key, report)
+        report.notes += notes  # of these weights as they lie now
         self._write(report)
         return report
 

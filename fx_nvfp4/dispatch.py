@@ -89,6 +89,22 @@ def _copy(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     return to
 
 
+@implements([aten.equal.default])
+def _equal(func: Any, types: Any, args: Any, kwargs: Any) -> bool:
+    """Whether both hold the same bytes that mean the same; a packed and a dense weight are never equal."""
+    a, b = args
+    if not (isinstance(a, NVFP4Weight) and isinstance(b, NVFP4Weight)):
+        return False
+    (names, meaning), (other_names, other_meaning) = a.__tensor_flatten__(), b.__tensor_flatten__()
+    if names != other_names or meaning != other_meaning:
+        return False
+    return all(torch.equal(_bytes(getattr(a, name)), _bytes(getattr(b, name))) for name in names)
+
+
+def _bytes(part: Tensor) -> Tensor:
+    return part.view(torch.uint8) if part.itemsize == 1 else part
+
+
 def _same_kind(to: Tensor, source: Tensor) -> bool:
     """Whether the parts of one mean the same in the other, and copying writes nothing else."""
     if not (isinstance(to, NVFP4Weight) and isinstance(source, NVFP4Weight)):

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_MARK = "_nvfp4_compiled_layer"
+
 
 def compile_layers(model: nn.Module, **how: Any) -> int:
     """Compile each decoder layer of a transformers model in place of the whole model; what is between them stays eager.
@@ -16,6 +18,7 @@ def compile_layers(model: nn.Module, **how: Any) -> int:
     A compilation of the whole model takes time for every layer, this for every kind of layer: what the layers differ
     in are tensors, which generated code takes as inputs. What keeps `layer.compile()` from sharing code where there is
     a cache is the layer's number, by which it finds its part of the cache; here each layer is handed its part alone.
+    `torch._dynamo.config.recompile_limit` is raised for good, as layers that are not alike count against it.
 
     Args:
         model: has a list of layers, as `model.get_decoder().layers`, that are called with a cache, if any, of
@@ -27,8 +30,15 @@ def compile_layers(model: nn.Module, **how: Any) -> int:
 
     Raises:
         TypeError: no list of layers was found; compile the whole model then.
+        ValueError: a layer has a forward of its own, as hooks that move weights give it, and not its class's.
     """
     layers = _layers(model)
+    for number, layer in enumerate(layers):
+        if not _is_ours(vars(layer).get("forward")):
+            raise ValueError(
+                f"compile_layers: layer {number} ({type(layer).__name__}) has a forward of its own, which is not its "
+                "class's (accelerate's hooks, a patch?), and would not run: remove it, or torch.compile the whole model"
+            )
     limit = torch._dynamo.config.recompile_limit
     # Layers that are not alike count as recompilations of one function; beyond the limit they would run uncompiled.
     torch._dynamo.config.recompile_limit = max(limit, 4 * len(layers))
@@ -43,7 +53,8 @@ def compile_layers(model: nn.Module, **how: Any) -> int:
 def uncompile_layers(model: nn.Module) -> None:
     """Undo :func:`compile_layers`."""
     for layer in _layers(model):
-        layer.__dict__.pop("forward", None)
+        if _is_ours(vars(layer).get("forward")):
+            layer.__dict__.pop("forward", None)
 
 
 class LayerCache:
@@ -67,7 +78,13 @@ def _with_its_part(compiled: Callable[..., Any], number: int) -> Callable[..., A
         args = tuple(_its_part(a, number) for a in args)
         return compiled(layer, *args, **{name: _its_part(a, number) for name, a in kwargs.items()})
 
+    setattr(forward, _MARK, True)
     return forward
+
+
+def _is_ours(forward: Any) -> bool:
+    """Whether a layer's own forward is what :func:`compile_layers` gave it, or there is none."""
+    return forward is None or hasattr(getattr(forward, "__func__", None), _MARK)
 
 
 def _its_part(argument: Any, number: int) -> Any:

@@ -121,30 +121,42 @@ def check_suited(qdata: Tensor, block_scale: Tensor, name: str = "weight") -> No
         )
 
 
-def write_tiles(qdata: Tensor, block_scale: Tensor, words: Tensor, scales: Tensor) -> None:
-    """Fill contiguous words and scales from a weight that :func:`check_suited` has seen.
+class Rewriting:
+    """A weight whose tiles are written over it, and how far that is, so that it can be put back at any point of it."""
 
-    They may be the memory of contiguous codes and block scales: the 16 rows of a tile are as many bytes in the same
-    place either way, and rows are read before they are written, some at a time. Where that fails between two groups of
-    rows, as where memory runs out, those that were written are put back.
-    """
-    raw = block_scale.view(torch.uint8)
-    by_rows = [t.reshape(-1, TILE_ROWS, t.shape[-1]) for t in (qdata, raw)]
-    by_rows += [t.view(-1, *t.shape[-3:]) for t in (words, scales)]
-    done = 0
-    try:
-        for codes, scale, some_words, some_scales in _groups(by_rows, 2 * qdata.shape[-1]):
+    def __init__(self, qdata: Tensor, block_scale: Tensor, words: Tensor, scales: Tensor) -> None:
+        raw = block_scale.view(torch.uint8)
+        self.k = 2 * qdata.shape[-1]
+        self.by_rows = [t.reshape(-1, TILE_ROWS, t.shape[-1]) for t in (qdata, raw)]
+        self.by_rows += [t.view(-1, *t.shape[-3:]) for t in (words, scales)]
+        # Rows of tiles that are written, and what is being written, as it was: one name, which changes at once.
+        self.state: tuple[int, list[tuple[Tensor, Tensor]]] = 0, []
+
+    def write(self) -> None:
+        for codes, scale, words, scales in _groups(self.by_rows, self.k):
             # Both before either is written, so that what takes memory fails before a row has changed.
             tiled = _shuffle(_to_tiles(unpack(codes.flatten(0, 1))))
             recoded = _scales_by_lane(_lookup(_RECODED, scale.flatten(0, 1)))
-            some_words.copy_(tiled)
-            some_scales.copy_(recoded)
-            done += len(codes)
-    except BaseException:
-        if done and words.data_ptr() == qdata.data_ptr():
-            codes, scale, some_words, some_scales = (t[:done] for t in by_rows)
-            write_canonical(some_words, some_scales, codes, scale, at_once=1)
-        raise
+            self.state = self.state[0], [(t, t.clone()) for t in (codes, scale)]
+            words.copy_(tiled)
+            scales.copy_(recoded)
+            self.state = self.state[0] + len(codes), []
+
+    def put_back(self) -> None:
+        done, begun = self.state
+        for place, before in begun:
+            place.copy_(before)
+        codes, scale, words, scales = (t[:done] for t in self.by_rows)
+        write_canonical(words, scales, codes, scale, at_once=1)
+
+
+def write_tiles(qdata: Tensor, block_scale: Tensor, words: Tensor, scales: Tensor) -> None:
+    """Fill contiguous words and scales from a weight that :func:`check_suited` has seen.
+
+    They may be the memory of contiguous codes and block scales, see :class:`Rewriting`: the 16 rows of a tile are as
+    many bytes in the same place either way, and rows are read before they are written, some at a time.
+    """
+    Rewriting(qdata, block_scale, words, scales).write()
 
 
 def write_canonical(words: Tensor, scales: Tensor, qdata: Tensor, raw: Tensor, at_once: int | None = None) -> None:

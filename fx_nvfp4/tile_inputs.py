@@ -6,6 +6,7 @@ fail, as the parts have other dtypes, and so have new graphs.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,7 +19,10 @@ from .prepack_model import tile_all
 from .report import module_path
 from .tensor import NVFP4Weight
 
-Inputs = dict[fx.Node, tuple[str, Any]]  # placeholder -> its name in the model, and its value
+Inputs = dict[fx.Node, tuple[str, Any]]  # placeholder -> its name as Dynamo has it, and its value
+# Codes of a packed weight that is a parameter or buffer. A module's own tensors may be called so, and are not touched:
+# the module may read them as they were, and stores them.
+_CODES_OF_A_WEIGHT = re.compile(r"_(parameters|buffers)\[[^\[\]]+\]\.qdata")
 _MOE = (torch.ops.fx_nvfp4.moe, torch.ops.fx_nvfp4.moe.default)  # Dynamo keeps the call as the model writes it
 
 
@@ -36,14 +40,14 @@ def tile_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any], everywhere: b
         return []
     placeholders = gm.graph.find_nodes(op="placeholder")
     owned: Inputs = {
-        node: (module_path(name), value)
-        for node, value, (name, is_argument) in zip(
-            placeholders, example_inputs, compat.input_sources(gm), strict=False
+        node: (name, value)
+        for node, value, (name, _), is_owned in zip(
+            placeholders, example_inputs, compat.input_sources(gm), compat.owned_inputs(gm), strict=False
         )
-        if not is_argument
+        if is_owned
     }
     weights = [*owned.values(), *_given_to_blocks(gm.graph, owned)]
-    done = tile_all((name, w) for name, w in weights if _is_whole(w) and (everywhere or _gains(w)))
+    done = tile_all((module_path(name), w) for name, w in weights if _is_whole(w) and (everywhere or _gains(w)))
     if done.converted:
         compat.trace_again("packed weights were permuted into tiles")
     return [f"not in tiles: {reason}" for reason in dict.fromkeys(done.left.values())]
@@ -57,12 +61,13 @@ def _given_to_blocks(graph: fx.Graph, owned: Inputs) -> Iterator[tuple[str, NVFP
         call = _by_name(node)
         up = zip(call["up_qdata"], call["up_block_scale"], call["up_global_scale"], strict=True)
         for parts in (*up, (call["down_qdata"], call["down_block_scale"], call["down_global_scale"])):
-            if not all(part in owned for part in parts):
+            if not all(part in owned and all(user.target in _MOE for user in part.users) for part in parts):
                 continue
-            codes, scale, row_scale = (owned[part][1] for part in parts)
-            if compat.is_real(codes) and scale.dtype == torch.float8_e4m3fn:
+            name, codes = owned[parts[0]]
+            scale, row_scale = (owned[part][1] for part in parts[1:])
+            if _CODES_OF_A_WEIGHT.search(name) and compat.is_real(codes) and scale.dtype == torch.float8_e4m3fn:
                 dtype = call["x"].meta["example_value"].dtype
-                yield owned[parts[0]][0].removesuffix(".qdata"), NVFP4Weight(codes, scale, row_scale, dtype)
+                yield name.removesuffix(".qdata"), NVFP4Weight(codes, scale, row_scale, dtype)
 
 
 def _by_name(call: fx.Node) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .layouts import is_tiled
 from .lowering import compat
-from .prepack import check_suited, prepack, tiled_shapes, write_canonical, write_tiles
+from .prepack import Rewriting, check_suited, prepack, tiled_shapes, write_canonical
 from .tensor import NVFP4Weight
 
 _ALIGNMENT = 16  # bytes that a lane loads at once
@@ -33,9 +33,16 @@ def tile_(w: NVFP4Weight, name: str) -> NVFP4Weight:
     # Inference tensors can be written to in that mode alone.
     with torch.no_grad(), torch.inference_mode(w.qdata.is_inference()):
         words, scales = _reinterpreted(w)
-        write_tiles(w.qdata, w.block_scale, words, scales)
-        # The parts stay the objects that they are, so that weights which share them change alike.
-        w.qdata.data, w.block_scale.data = words, scales
+        codes, raw = w.qdata.data, w.block_scale.data
+        rewriting = Rewriting(codes, raw, words, scales)
+        try:
+            rewriting.write()
+            # The parts stay the objects that they are, so that weights which share them change alike.
+            w.qdata.data, w.block_scale.data = words, scales
+        except BaseException:  # memory that runs out, or an interrupt
+            rewriting.put_back()
+            w.qdata.data, w.block_scale.data = codes, raw
+            raise
     return w
 
 

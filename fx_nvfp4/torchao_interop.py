@@ -52,12 +52,14 @@ def from_torchao_parts(
     """Assemble an NVFP4Weight from an NVFP4Tensor's parts, as it and its safetensors form hold them.
 
     qdata uint8 [.., N, K/2]; scale float8_e4m3fn linear or in 128 x 4 tiles over all rows; per_tensor_scale None,
-    [] or [E, 1, 1] (multipliers, fp32); act_per_tensor_scale None or [] (None: no second level, which is 1).
+    [] or [E, 1, 1] (multipliers, fp32; [E] means the same); act_per_tensor_scale None or [] (None: no second level,
+    which is 1).
     """
     scale = _unswizzled(qdata, scale) if swizzled else scale
     scale = scale.contiguous().view(*qdata.shape[:-1], -1).detach()
     global_scale = torch.ones((), device=qdata.device) if per_tensor_scale is None else per_tensor_scale.float()
-    global_scale = global_scale.squeeze(-1) if global_scale.dim() == 3 else global_scale
+    if global_scale.numel() > 1:
+        global_scale = global_scale.reshape(-1, 1)
     activations, act_scale = "none", None
     if quantize_activations:
         activations = "dynamic" if dynamic_activation_scale else "static"

@@ -202,6 +202,7 @@ def _slice_rows(w: NVFP4Weight, start: int | None, end: int | None, step: int) -
 def _slice_blocks(func: Any, w: NVFP4Weight, start: int | None, end: int | None, step: int) -> NVFP4Weight:
     """Whole blocks of K."""
     start, end, _ = slice(start, end).indices(w.sizes[-1])
+    end = max(start, end)
     if step != 1 or start % BLOCK or end % BLOCK:
         raise unsupported(func, w, f"K sliced {start}:{end}:{step}, only whole blocks of {BLOCK} can be cut out")
     if is_tiled(w.qdata):

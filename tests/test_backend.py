@@ -3,6 +3,7 @@
 Styles: plain linear, gather then einsum, transformers' batched_mm and grouped_mm, dense products of all experts.
 """
 
+import functools
 import json
 import os
 import subprocess
@@ -16,10 +17,12 @@ import spelled_models
 import torch
 from spelled_models import STYLES, SpelledMoE
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.decomposition import select_decomp_table
 
 import fx_nvfp4
-from fx_nvfp4 import NotEmulatedError, NVFP4Warning, NVFP4Weight, backend
+from fx_nvfp4 import NotEmulatedError, NVFP4Warning, NVFP4Weight, backend, tuning
 from fx_nvfp4.backend import collect_reports, nvfp4_emu
+from fx_nvfp4.lowering import compat
 
 PRODUCTS = {torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm, torch.ops.aten._grouped_mm}
 
@@ -273,6 +276,37 @@ def test_norms_and_scales_are_no_tables():
     assert found == [{}]
 
 
+def test_overlapping_compilations_give_each_table_its_products_back():
+    """One counter was kept for both tables, of which one never got its own again."""
+    patches = ({"fallback_random": True}, {})
+    tables = []
+    for patch in patches:
+        with torch._inductor.config.patch(patch):
+            tables.append(select_decomp_table())
+    assert tables[0] is not tables[1]
+    before = [set(table) for table in tables]
+    first, second = (compat._products_kept(patch) for patch in patches)
+    first.__enter__()
+    second.__enter__()
+    assert all(len(table) < len(ops) for table, ops in zip(tables, before, strict=True))
+    first.__exit__(None, None, None)
+    second.__exit__(None, None, None)
+    assert [set(table) for table in tables] == before
+
+
+@pytest.mark.parametrize(
+    ("mode", "tune", "wanted"),
+    [("max-autotune-no-cudagraphs", None, True), ("max-autotune-no-cudagraphs", False, False), (None, True, True)],
+)
+def test_what_the_option_says_of_tuning_goes_before_the_mode(mode, tune, wanted, monkeypatch):
+    monkeypatch.setattr(tuning, "_enabled", False)
+    options = {"codegen": False, **({} if tune is None else {"tune": tune})}
+    with torch.no_grad():  # torch.compile takes a mode or options, a backend both
+        run = torch.compile(torch.nn.Linear(4, 4), backend=functools.partial(nvfp4_emu, mode=mode, options=options))
+        run(torch.ones(1, 4))
+    assert tuning.enabled() == wanted
+
+
 def test_explaining_many_times_leaves_compilation_working():
     model, x = SpelledMoE("linear", torch.bfloat16), spelled_models.tokens(3, torch.bfloat16)
     with torch.no_grad():
@@ -283,21 +317,26 @@ def test_explaining_many_times_leaves_compilation_working():
     assert len(report.matched) == 2
 
 
-def test_a_restored_report_is_that_of_the_same_activations(tmp_path):
+def test_a_restored_report_is_that_of_the_same_activations_and_names_the_body_that_runs(tmp_path):
     code = """
         import json
-        from fx_nvfp4 import NVFP4Weight
+        from fx_nvfp4 import NVFP4Weight, kernel_choice
         from fx_nvfp4.backend import collect_reports
         found, x = [], torch.randn(3, 48)
-        for activations in ("none", "dynamic", "none"):
+        for i, activations in enumerate(("none", "dynamic", "none")):
             torch._dynamo.reset()
+            kernel_choice.cpu.description = lambda i=i: f"body {i}"
             weight = NVFP4Weight.from_dense(torch.randn(32, 48), activations=activations)
             with torch.no_grad(), collect_reports() as report:
                 torch.compile(lambda x, w: x @ w.T, backend="nvfp4_emu")(x, weight)
-            found.append(report.matched[0].activations)
-        print(json.dumps(found))
+            found.append([report.matched[0].activations, report.matched[0].config])
+        hits = torch._dynamo.utils.counters["inductor"]["fxgraph_cache_hit"]
+        hits += torch._dynamo.utils.counters["aot_autograd"]["autograd_cache_hit"]
+        print(json.dumps([*found, hits]))
     """
-    assert run_process(code, tmp_path) == ["W4A16", "W4A4 dynamic, hardware rule", "W4A16"]
+    *found, hits = run_process(code, tmp_path)
+    assert found == [["W4A16", "body 0"], ["W4A4 dynamic, hardware rule", "body 1"], ["W4A16", "body 2"]]
+    assert hits
 
 
 def test_the_backend_function_takes_what_dynamo_passes():

@@ -284,6 +284,21 @@ def test_tied_embeddings_share_one_tensor(tmp_path):
     assert torch.equal(model.lm_head.weight, read(SMALL)[1]["model.embed_tokens.weight"])
 
 
+def test_a_packed_head_stays_apart_from_embeddings_whatever_the_config_says(tmp_path):
+    """transformers compares the two, which ended in an error that named neither."""
+
+    def pack(config, tensors):
+        config["tie_word_embeddings"] = True
+        w = NVFP4Weight.from_dense(tensors["lm_head.weight"].float())
+        parts = {"weight": w.qdata, "weight_scale": w.block_scale, "weight_scale_2": w.global_scale[0].clone()}
+        tensors.update({f"lm_head.{name}": part for name, part in parts.items()})
+        tensors["lm_head.input_scale"] = torch.tensor(0.01)
+
+    model = load(edited(tmp_path, pack), progress=False)
+    assert isinstance(model.lm_head.weight.data, NVFP4Weight)
+    assert not isinstance(model.model.embed_tokens.weight.data, NVFP4Weight)
+
+
 def test_older_modelopt_exports_state_the_scheme_in_a_file_of_their_own(tmp_path):
     edited(tmp_path, lambda config, tensors: config.pop("quantization_config"))
     (tmp_path / "hf_quant_config.json").write_bytes((SMALL / "hf_quant_config.json").read_bytes())

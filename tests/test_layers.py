@@ -132,6 +132,20 @@ def test_a_model_without_a_list_of_layers_is_told():
         compile_layers(nn.Sequential(nn.Linear(3, 3)))
 
 
+def test_layers_with_a_forward_of_their_own_are_refused_and_kept():
+    """The class's forward took its place in silence, and undoing it deleted both."""
+    model = packed()
+    layers = model.model.layers
+    plain, called = layers[1].forward, []
+    layers[1].forward = lambda *args, **kwargs: called.append(1) or plain(*args, **kwargs)
+    with pytest.raises(ValueError, match=r"layer 1 \(MixtralDecoderLayer\) has a forward of its own"):
+        compile_layers(model, **FAST)
+    uncompile_layers(model)
+    with torch.no_grad():
+        model(prompt())
+    assert called == [1]
+
+
 def test_a_layer_s_part_of_a_cache_is_the_whole_for_all_but_new_keys():
     cache = transformers.StaticCache(config=packed().config, max_cache_len=8)
     part = LayerCache(cache, 1)

@@ -162,6 +162,7 @@ ALMOST = {
 }
 
 
+@pytest.mark.in_part(2)
 @pytest.mark.parametrize("name", ALMOST)
 def test_almost(name):
     assert refused(ALMOST[name], *weight())
@@ -199,6 +200,7 @@ SPECIAL = {
 }
 
 
+@pytest.mark.in_part(2)
 @pytest.mark.parametrize("row", [0, 17, 4095, 123_457, ROWS - 1])
 @pytest.mark.parametrize("how", ["scaled", "by index", "select_scatter", "assigned"])
 def test_one_special_row_among_many(row, how):

@@ -40,6 +40,23 @@ class Failing:
         return self.function(*args)
 
 
+class After:
+    """A method at whose call number so and so the user's interrupt comes once it is done."""
+
+    def __init__(self, function, call):
+        self.function, self.left = function, call
+
+    def __get__(self, instance, owner=None):
+        def call(*args, **kwargs):
+            result = self.function(instance, *args, **kwargs)
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+            return result
+
+        return call
+
+
 @pytest.fixture(autouse=True)
 def few_rows_at_a_time(monkeypatch):
     torch._dynamo.reset()
@@ -60,6 +77,29 @@ def test_a_weight_that_cannot_be_permuted_to_the_end_is_put_back(monkeypatch, ca
             weight.tile_()
     assert same(weight, before)
     assert weight.qdata.data_ptr() == place
+    assert same(weight.tile_(), before.tiled())
+
+
+@pytest.mark.parametrize("at", range(1, 9))
+def test_an_interrupt_at_any_write_leaves_the_weight(monkeypatch, at):
+    """Half of the rows that were being written stayed tiles, under the dtype of codes."""
+    weight = make_weight()
+    before = weight.clone()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "copy_", After(torch.Tensor.copy_, at))
+        with pytest.raises(KeyboardInterrupt):
+            weight.tile_()
+    assert same(weight, before)
+
+
+def test_an_interrupt_after_all_writes_leaves_the_weight(monkeypatch):
+    weight = make_weight()
+    before = weight.clone()
+    with monkeypatch.context() as patch:
+        patch.setattr(module.Rewriting, "write", After(module.Rewriting.write, 1))
+        with pytest.raises(KeyboardInterrupt):
+            weight.tile_()
+    assert same(weight, before)
     assert same(weight.tile_(), before.tiled())
 
 

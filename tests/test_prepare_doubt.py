@@ -139,6 +139,7 @@ class OutOfStep(Loop):
         return super().combine(rows, weights, (ids + 1) % EXPERTS, out)
 
 
+@pytest.mark.in_part(2)
 @pytest.mark.parametrize(
     ("parent", "text"),
     [

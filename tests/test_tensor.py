@@ -263,3 +263,15 @@ def test_arithmetic_on_a_packed_weight_is_refused_with_advice():
 def test_bad_parts_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         make_weight().replace(**change)
+
+
+def test_equal_compares_bytes_and_what_they_mean():
+    weight = make_weight()
+    assert torch.equal(weight, weight.clone())
+    assert not torch.equal(weight, weight.dequantize())
+    assert not torch.equal(weight.dequantize(), weight)
+    assert not torch.equal(weight, weight.tiled())
+    assert not torch.equal(weight, weight.replace(activations="dynamic"))
+    other = weight.clone()
+    other.qdata[0, 0, 0] ^= 1
+    assert not torch.equal(weight, other)

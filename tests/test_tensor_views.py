@@ -199,3 +199,12 @@ def test_rows_of_different_static_activations_are_not_joined():
     weight = make_weight(activations="static", act_scale=SCALES)
     with pytest.raises(NotImplementedError, match="rows without static activations"):
         torch.cat([weight, weight], dim=1)
+
+
+@pytest.mark.parametrize("tile", [False, True])
+def test_slices_of_nothing(tile):
+    """Of tiles they raised."""
+    weight = make_weight().tiled() if tile else make_weight()
+    assert weight[..., 64:0].shape == (E, N, 0)
+    assert weight[..., 64:64].shape == (E, N, 0)
+    assert weight[:, 16:0].shape == (E, 0, K)

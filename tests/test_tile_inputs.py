@@ -12,7 +12,7 @@ from test_tensor import E, K, N, hold, make_weight
 from torch import nn
 
 import fx_nvfp4
-from fx_nvfp4 import backend, tile_inputs
+from fx_nvfp4 import NVFP4Weight, backend, tile_inputs
 from fx_nvfp4.backend import collect_reports
 from fx_nvfp4.layouts import is_tiled
 from fx_nvfp4.tensor import layout_key
@@ -134,6 +134,54 @@ def test_arguments_are_the_callers():
     run = compiled(lambda x, w: x @ w.t())
     assert torch.equal(run(x, weight), x @ weight.t())
     assert not is_tiled(weight.qdata)
+
+
+@pytest.mark.parametrize("how", ["dict", "list", "functional_call"])
+def test_arguments_in_containers_are_the_callers_too(how):
+    """Only a bare argument was told from a parameter."""
+    weight, (x, _) = make_weight((N, K), dtype=torch.float32), inputs()
+    linear = nn.Linear(K, N, bias=False)
+    calls = {
+        "dict": (lambda x, p: x @ p["w"].t(), {"w": weight}),
+        "list": (lambda x, p: x @ p[0].t(), [weight]),
+        "functional_call": (lambda x, p: torch.func.functional_call(linear, p, x), {"weight": weight}),
+    }
+    run, given = calls[how]
+    assert torch.equal(compiled(run)(x, given), x @ weight.t())
+    assert not is_tiled(weight.qdata)
+
+
+class OwnBuffers(nn.Module):
+    """Hands its own buffers, which it may read as well, to the op."""
+
+    def __init__(self, reads):
+        super().__init__()
+        self.reads = reads
+        for name, shape in (("up", (E, 2 * K, K)), ("down", (E, K, K))):
+            w = NVFP4Weight.from_dense(torch.randn(shape))
+            for part in ("qdata", "block_scale", "global_scale"):
+                self.register_buffer(f"{name}_{part}", getattr(w, part))
+
+    def forward(self, x, ids, weights):
+        up, down = (
+            [getattr(self, f"{name}_{part}") for part in ("qdata", "block_scale", "global_scale")]
+            for name in ("up", "down")
+        )
+        act, layout = "silu(g) * u", "concatenated"
+        y = torch.ops.fx_nvfp4.moe(x, ids, weights, *([part] for part in up), *down, act, layout)
+        return y + self.down_qdata[0, 0, 0] if self.reads else y
+
+
+@pytest.mark.parametrize("reads", [False, True])
+@torch.no_grad()
+def test_buffers_that_a_module_gives_to_the_op_itself_stay(reads):
+    """They were permuted: the module's own reads of them failed from then on, and its state dict fitted no other."""
+    model = OwnBuffers(reads)
+    call = torch.randn(3, K), torch.randint(0, E, (3, 2)), torch.rand(3, 2)
+    state, want = {name: t.clone() for name, t in model.state_dict().items()}, model(*call)
+    torch.testing.assert_close(compiled(model)(*call), want)
+    assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items() if t.dtype == torch.uint8)
+    torch.testing.assert_close(model(*call), want)
 
 
 def test_memory_that_others_see_is_left_and_reported():

@@ -228,6 +228,7 @@ def test_table_names_every_slot_once_in_rising_order(tokens, experts, device):
         assert found.get(e, []) == (flat == e).nonzero().flatten().tolist()
 
 
+@pytest.mark.in_part(2)
 @pytest.mark.parametrize("tokens", [3, 520])
 def test_rows_of_slots_are_weighted_and_rounded_by_their_experts(tokens, device):
     """520 tokens are so many that a program reads a row once for all of its slots."""

@@ -23,6 +23,7 @@ from torchao.quantization import quantize_
 import fx_nvfp4
 from fx_nvfp4 import torchao_dispatch
 from fx_nvfp4.format import TWO_LEVEL_MAX
+from fx_nvfp4.torchao_interop import from_torchao_parts
 
 E, N, K, T, A = 4, 128, 64, 6, 2
 IDS = torch.tensor([[3, 0], [1, 1], [0, 2], [1, 3], [1, 0], [3, 1]])
@@ -352,3 +353,15 @@ def test_imported_anew_the_hook_takes_its_own_place():
     wanted = F.linear(x, weight)
     importlib.reload(torchao_dispatch)
     assert torch.equal(F.linear(x, weight), wanted)
+
+
+def test_scales_of_experts_may_have_one_dim():
+    """With as many rows as experts they lay along the rows, in silence."""
+    dense = torch.randn(16, 16, 32) * torch.arange(1, 17).view(16, 1, 1)
+    w = fx_nvfp4.NVFP4Weight.from_dense(dense)
+    parts = w.qdata, w.block_scale, False
+    rest = None, False, False, torch.float32
+    scales = [w.global_scale[:, 0].clone().view(shape) for shape in ((16,), (16, 1, 1))]
+    one, three = (from_torchao_parts(*parts, scale, *rest) for scale in scales)
+    assert torch.equal(one.dequantize(), three.dequantize())
+    assert torch.equal(three.dequantize(), w.dequantize())

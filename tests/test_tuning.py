@@ -122,6 +122,7 @@ def test_nothing_is_measured_unless_asked(monkeypatch):
     assert configs == choose(16, 8, 128, "hopper")
 
 
+@pytest.mark.in_part(2)
 @pytest.mark.parametrize("broken", [False, True])
 def test_a_dumped_kernel_runs_alone_and_is_what_runs(broken, tmp_path):
     """An edit of the copy shows: with half the factor of the sum, its own check fails."""

@@ -16,6 +16,7 @@ def test_spelling_is_what_it_claims(name):
     assert torch.equal(DECODERS[name](q).float(), values)
 
 
+@pytest.mark.in_part(3)
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
 @pytest.mark.parametrize("name", DECODERS)
 def test_spelling_is_recognised(name, dtype):

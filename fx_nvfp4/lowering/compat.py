@@ -9,6 +9,7 @@ import logging
 import operator
 import threading
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -89,15 +90,17 @@ def _products_kept(patches: dict[str, Any]) -> Iterator[None]:
         table = select_decomp_table()
     packets = [getattr(torch.ops.aten, name) for name in _PRODUCTS]
     with _taken_lock:
-        _taken.users += 1
-        _taken.decompositions.update({op: table.pop(op) for op in list(table) if _packet(op) in packets})
+        taken = _taken[id(table)]
+        taken.users += 1
+        taken.decompositions.update({op: table.pop(op) for op in list(table) if _packet(op) in packets})
     try:
         yield
     finally:
         with _taken_lock:
-            _taken.users -= 1
-            if not _taken.users:
-                table.update(_taken.decompositions)
+            taken.users -= 1
+            if not taken.users:
+                table.update(taken.decompositions)
+                taken.decompositions.clear()
 
 
 def lower_by(op: Any, lowering: Callable[..., Any]) -> None:
@@ -151,14 +154,16 @@ def _packet(op: Any) -> Any:
 
 
 class _Taken:
-    """Decompositions that are out of the table, and how many compilations want them out."""
+    """Decompositions that are out of a table, and how many compilations want them out."""
 
     def __init__(self) -> None:
         self.users = 0
         self.decompositions: dict[Any, Any] = {}
 
 
-_taken, _taken_lock = _Taken(), threading.Lock()
+# By the table's id; Inductor has one or, under fallback_random, another, and both stay.
+_taken: defaultdict[int, _Taken] = defaultdict(_Taken)
+_taken_lock = threading.Lock()
 
 
 def mode_patches(mode: str | None) -> dict[str, Any]:
@@ -197,6 +202,25 @@ def _source(node: fx.Node) -> tuple[str, bool]:
         return str(node.target), True
     name = source.name() if callable(source.name) else source.name
     return name, getattr(source, "is_input", False)
+
+
+def owned_inputs(gm: fx.GraphModule) -> list[bool]:
+    """Of each graph input, whether a module of the user's holds it, or code around the compiled function does.
+
+    What a call hands over is the caller's, by itself or in a list, a dict or an object that is no module.
+    """
+    return [_is_owned(node) for node in gm.graph.nodes if node.op == "placeholder"]
+
+
+def _is_owned(node: fx.Node) -> bool:
+    from torch._guards import ChainedSource
+
+    source = getattr(node.meta.get("grapharg"), "source", None)
+    if source is None:
+        return False
+    kind, root = source.guard_source, source.get_base() if isinstance(source, ChainedSource) else source
+    in_module = kind.is_unspecialized_nn_module() or kind.is_specialized_nn_module()
+    return in_module or not getattr(root, "is_input", False)
 
 
 def can_trace_again() -> bool:
