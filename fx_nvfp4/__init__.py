@@ -9,6 +9,7 @@ from .calibrate import calibrate
 from .checkpoint import CheckpointError, load
 from .explain import explain
 from .layers import compile_layers
+from .parallel.linears import shard_linears
 from .parallel.shard import shard_experts
 from .prepack_model import prepack
 from .prepare import prepare
@@ -44,4 +45,5 @@ __all__ = [
     "save",
     "save_file",
     "shard_experts",
+    "shard_linears",
 ]

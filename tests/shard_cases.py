@@ -6,11 +6,12 @@ import itertools
 
 import pytest
 import torch
+from quantized_models import transformers_model
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import fx_nvfp4
-from fx_nvfp4 import NVFP4Weight
+from fx_nvfp4 import NVFP4Config, NVFP4Weight
 from fx_nvfp4.backend import collect_reports
 from fx_nvfp4.fused import DOWN_NAME, UP_NAMES, FusedExperts
 
@@ -151,6 +152,45 @@ def checkpoint(rank, ranks, device, folder):
             # With one expert a rank, what masks the others' rows is not told from an activation.
             assert name == "own" or ranks == 4 or len([b for b in report.blocks if b.lifted]) == 2, report
     return found
+
+
+def linear_layers(rank, ranks, device):
+    """Attention and experts of a transformers model, by its own tp_plan: logits, and gradients of the embeddings."""
+    mesh = init_device_mesh(device, (ranks,))
+    whole = transformers_model("Qwen3Moe", torch.float32).to(device)
+    fx_nvfp4.quantize_(whole, NVFP4Config(activations="static"))
+    ids = torch.arange(2, 26, device=device).view(2, 12)
+    with torch.no_grad(), fx_nvfp4.calibrate(whole):
+        whole(ids)
+    sharded = fx_nvfp4.shard_experts(copy.deepcopy(whole), mesh)
+    fx_nvfp4.shard_linears(sharded, mesh)
+    attention, there = (m.model.layers[0].self_attn for m in (sharded, whole))
+    for name, dim in (("q_proj", 0), ("k_proj", 0), ("v_proj", 0), ("o_proj", 1)):
+        part, all_of_it = (getattr(module, name).weight.data for module in (attention, there))
+        assert part.shape[dim] * ranks == all_of_it.shape[dim]
+        assert part.qdata.untyped_storage().nbytes() * ranks == all_of_it.qdata.nbytes
+    found = {}
+    with torch.no_grad(), collect_reports() as report:
+        found["compiled"] = compiled(sharded, device)(ids).logits, whole(ids).logits
+    assert not report.refused, report
+    assert [m.op for m in report.matched].count("linear") == 8, report
+    embedded = whole.get_input_embeddings()(ids).detach()
+    both = []
+    for model in (sharded, whole):
+        x = embedded.clone().requires_grad_()
+        both.append(torch.autograd.grad(model(inputs_embeds=x).logits.square().sum(), x))
+    found["gradients"] = tuple(both)
+    return found
+
+
+def dense_linear_layers(rank, ranks, device):
+    """Dense ones with biases, by a plan of the user's."""
+    mesh = init_device_mesh(device, (ranks,))
+    torch.manual_seed(0)
+    whole = nn.Sequential(nn.Linear(16, 24), nn.SiLU(), nn.Linear(24, 8)).to(device)
+    sharded = fx_nvfp4.shard_linears(copy.deepcopy(whole), mesh, {"0": "colwise", "2": "rowwise"})
+    x = torch.randn(5, 16, device=device)
+    return {"dense": ([sharded(x)], [whole(x)])}
 
 
 def fully_sharded(rank, ranks, device):

@@ -64,6 +64,18 @@ def test_fsdp_around_packed_experts(ranks, device, tmp_path):
     check(run_on_ranks(shard_cases.fully_sharded, ranks, tmp_path, device=device))
 
 
+@pytest.mark.parametrize(("ranks", "device"), [(2, "cpu"), on_gpus(2)])
+def test_linear_layers_by_the_model_s_plan(ranks, device, tmp_path):
+    pytest.importorskip("transformers")
+    # W4A4: an activation that a sum in another order moves past a boundary would show as 1e-2.
+    check(run_on_ranks(shard_cases.linear_layers, ranks, tmp_path, device=device), 1e-4)
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_dense_linear_layers_by_a_plan_of_one_s_own(ranks, tmp_path):
+    check(run_on_ranks(shard_cases.dense_linear_layers, ranks, tmp_path))
+
+
 def mesh(ranks, ndim=1):
     return SimpleNamespace(ndim=ndim, size=lambda: ranks)
 
@@ -88,6 +100,29 @@ def test_what_is_no_mesh_is_told():
 def test_refusals_say_what_to_do(model, arguments, message):
     with pytest.raises(ValueError, match=message):
         fx_nvfp4.shard_experts(model(), *arguments)
+
+
+def packed_pair(activations="none"):
+    model = nn.Sequential(nn.Linear(32, 48), nn.Linear(48, 32))
+    fx_nvfp4.quantize_(model, fx_nvfp4.NVFP4Config(activations=activations))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "ranks", "plan", "message"),
+    [
+        (packed_pair(), 2, None, "names no linear layer of the model"),
+        (packed_pair(), 2, {"0": "colwise_gather_output"}, "names no linear layer of the model"),
+        (packed_pair(), 5, {"0": "colwise"}, "0: 48 rows are no equal parts for 5 ranks"),
+        (packed_pair(), 2, {"1": "rowwise"}, "1: 3 blocks of 16 in K are no equal parts for 2 ranks"),
+        (packed_pair("dynamic"), 3, {"1": "rowwise"}, "1: its activations have a dynamic scale"),
+    ],
+)
+def test_linear_layers_that_cannot_be_cut_are_named(model, ranks, plan, message):
+    before = [p.shape for p in model.parameters()]
+    with pytest.raises(ValueError, match=message):
+        fx_nvfp4.shard_linears(model, mesh(ranks), plan)
+    assert [p.shape for p in model.parameters()] == before
 
 
 def test_unknown_modules_of_experts_are_refused():

@@ -17,7 +17,7 @@ def share(count: int, rank: int, ranks: int) -> range:
 
 def by_expert(experts: Experts, name: str, mine: range) -> Tensor:
     """Whole experts of one weight or bias."""
-    return _own(experts.module.get_parameter(name).data[mine.start : mine.stop])
+    return own(experts.module.get_parameter(name).data[mine.start : mine.stop])
 
 
 def by_intermediate(experts: Experts, name: str, mine: range, first: bool) -> Tensor:
@@ -29,11 +29,11 @@ def by_intermediate(experts: Experts, name: str, mine: range, first: bool) -> Te
     """
     value = experts.module.get_parameter(name).data
     if name == DOWN_NAME:
-        return _own(value.narrow(1 if experts.transposed else 2, mine.start, len(mine)))
+        return own(value.narrow(1 if experts.transposed else 2, mine.start, len(mine)))
     if name == DOWN_NAME + BIAS:
-        return _own(value) if first else torch.zeros_like(value)
+        return own(value) if first else torch.zeros_like(value)
     rows = _rows(experts, mine).to(value.device)
-    return _own(value.index_select(2 if experts.transposed and value.dim() == 3 else 1, rows))
+    return own(value.index_select(2 if experts.transposed and value.dim() == 3 else 1, rows))
 
 
 def blocks_of(experts: Experts, rank: int, ranks: int) -> range:
@@ -50,6 +50,6 @@ def _rows(experts: Experts, mine: range) -> Tensor:
     return torch.cat((rows, experts.inner + rows)) if experts.layout == "concatenated" else rows
 
 
-def _own(part: Tensor) -> Tensor:
-    """A copy, so that the whole can be freed."""
+def own(part: Tensor) -> Tensor:
+    """A copy of a part, so that the whole can be freed."""
     return part.clone(memory_format=torch.contiguous_format)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..checkpoints.skeleton import experts_layout
 from ..fused import BIAS, DOWN_NAME, UP_NAMES, FusedExperts
 
-_SHARDED = "_nvfp4_shard"  # on modules that hold a part of their experts already
+_SHARDED = "_nvfp4_shard"  # on modules that hold a part of their weights already
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Experts:
 
     def mark(self, count: int, whole: bool) -> None:
         """Say that the module holds this many experts now; whole: all of each."""
-        setattr(self.module, _SHARDED, True)
+        mark(self.module)
         if hasattr(self.module, "num_experts"):
             self.module.num_experts = count  # type: ignore[assignment]
         if hasattr(self.module, "_apply_gate"):
@@ -59,9 +59,19 @@ class Experts:
             self.module._is_expert_parallel = whole  # type: ignore[assignment]
 
 
+def mark(module: nn.Module) -> None:
+    """Say that a module holds a part of its weights alone."""
+    setattr(module, _SHARDED, True)
+
+
+def is_marked(module: nn.Module) -> bool:
+    """Whether :func:`mark` was said of a module."""
+    return hasattr(module, _SHARDED)
+
+
 def is_sharded(model: nn.Module) -> bool:
-    """Whether a model holds a part of its experts alone."""
-    return any(hasattr(module, _SHARDED) for module in model.modules())
+    """Whether a model holds a part of its weights alone."""
+    return any(map(is_marked, model.modules()))
 
 
 def find_experts(model: nn.Module, packed: Collection[str]) -> list[Experts]:

@@ -115,16 +115,21 @@ def _shard(experts: Experts, mesh: DeviceMesh, dim: str, tokens: str) -> None:
     _install(experts, mesh, dim, tokens, count)
 
 
+def check_mesh(caller: str, mesh: DeviceMesh) -> None:
+    """Raise unless mesh is one of one dim."""
+    if not hasattr(mesh, "ndim"):
+        raise TypeError(
+            f"{caller}: mesh must be a DeviceMesh, got {mesh!r}: torch.distributed.init_device_mesh makes one"
+        )
+    if mesh.ndim != 1:
+        raise ValueError(f"{caller}: mesh must have one dim, got {mesh.ndim}; choose one by its name, mesh['ep']")
+
+
 def _check_arguments(mesh: DeviceMesh, dim: str, tokens: str) -> None:
     for name, value, allowed in (("dim", dim, DIMS), ("tokens", tokens, TOKENS)):
         if value not in allowed:
             raise ValueError(f"shard_experts: {name} must be one of {allowed}, got {value!r}")
-    if not hasattr(mesh, "ndim"):
-        raise TypeError(
-            f"shard_experts: mesh must be a DeviceMesh, got {mesh!r}: torch.distributed.init_device_mesh makes one"
-        )
-    if mesh.ndim != 1:
-        raise ValueError(f"shard_experts: mesh must have one dim, got {mesh.ndim}; choose one by its name, mesh['ep']")
+    check_mesh("shard_experts", mesh)
     if tokens == "own" and dim != "expert":
         raise ValueError('shard_experts: tokens="own" needs dim="expert": a part of every expert needs every token')
 

@@ -28,12 +28,23 @@ def install(module: nn.Module, mesh: DeviceMesh, mine: range | None) -> None:
             ids, weights = to_local(ids, weights, mine)
         return (x, ids, weights), {}
 
+    module.register_forward_pre_hook(before, with_kwargs=True)
+    leave_whole(module, mesh)
+
+
+def enter_whole(module: nn.Module, mesh: DeviceMesh) -> None:
+    """Say of a module's input that all ranks have it, each of which gives a part of its gradient."""
+    module.register_forward_pre_hook(lambda module, args: (_enter(args[0], mesh), *args[1:]))
+
+
+def leave_whole(module: nn.Module, mesh: DeviceMesh) -> None:
+    """Sum what the ranks' modules give."""
+
     def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         return (
             DTensor.from_local(output, mesh, [Partial()], run_check=False).redistribute(mesh, [Replicate()]).to_local()
         )
 
-    module.register_forward_pre_hook(before, with_kwargs=True)
     module.register_forward_hook(after)
 
 
