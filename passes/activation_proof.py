@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +15,7 @@ from fx_nvfp4.dialects import DIALECTS, E2M1_MAX, E4M3_MAX
 from fx_nvfp4.format import BLOCK, fake_quantize
 
 from .activation_worlds import Worlds, around, finite, not_finite
+from .boundaries import with_boundaries
 from .coords import Coords, unravel
 from .nodes import elements, flat_index, shape_of
 from .sample import Sampler, Unsupported
@@ -77,15 +78,15 @@ def _matching(
     cut: Cut, op: Op, factor: float, thresholds: tuple[float, ...], constants: Mapping[Node, Tensor]
 ) -> Rule | None:
     try:
-        worlds, x, exact, got = _evaluate(cut, _finite(cut, factor) + _around(cut, factor, thresholds), op, constants)
+        x, exact, got, at = _evaluate(cut, _finite(cut, factor) + _around(cut, factor, thresholds), op, constants)
         odd = _evaluate(cut, _not_finite(cut, factor), op, constants)
     except (Unsupported, RuntimeError):
         return None
     found = []
     for dialect, dtype in _candidates(cut):
-        want = _values(cut, x, exact, dialect, dtype, worlds.positions())
+        want = _values(cut, x, exact, dialect, dtype, at)
         if _equal(got, want, signs=False):
-            special = _equal(odd[3], _values(cut, odd[1], odd[2], dialect, dtype, odd[0].positions()), signs=False)
+            special = _equal(odd[2], _values(cut, odd[0], odd[1], dialect, dtype, odd[3]), signs=False)
             found.append(Rule(dialect, dtype, op, factor, _equal(got, want, signs=True), special))
     return max(found, key=lambda r: (r.special, r.signs), default=None)
 
@@ -119,34 +120,59 @@ def _not_finite(cut: Cut, factor: float) -> Worlds:
 
 def _evaluate(
     cut: Cut, worlds: Worlds, op: Op, constants: Mapping[Node, Tensor]
-) -> tuple[Worlds, Tensor, Tensor, Tensor]:
-    """The worlds that apply, blocks [B, 16] in x's dtype, multipliers [B] (float64), what the graph made [B, P]."""
-    x, scale, exact = _as_given(cut, worlds, op)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Blocks [B, 16] in x's dtype, multipliers [B] (float64), and what the graph made of elements [S] at [S, 2].
+
+    An element is (block, position in it). Every position of every block of a row is looked at, in some row; and both
+    sides of each edge of the graph, as where it leaves out a row or a column.
+    """
+    shape, generator = shape_of(cut.x), torch.Generator().manual_seed(19)
+    blocks, rows = shape[-1] // BLOCK, elements(cut.x) // shape[-1]
+    x, scale, exact = _as_given(cut, worlds.repeated(-(-blocks // max(1, len(worlds.blocks)))), op)
     if cut.computed:
         fits = x.double().abs().amax(1) <= E2M1_MAX * E4M3_MAX * exact
-        worlds, x, scale, exact = worlds.where(fits), x[fits], scale[fits], exact[fits]
-    positions, shape = worlds.positions(), shape_of(cut.x)
-    count, rows = positions.shape[1], elements(cut.x) // shape[-1]
-    every = torch.arange(len(x))
-    row, block = every * 7919 % rows, every % (shape[-1] // BLOCK)
-    owner = row // (rows // shape[0]) if cut.per == "expert" else row if cut.per == "row" else torch.zeros_like(row)
+        x, scale, exact = x[fits], scale[fits], exact[fits]
+    if not len(x):
+        return x, exact, torch.zeros(0), torch.zeros(0, 2, dtype=torch.int64)
+    every = torch.arange(len(x)).repeat_interleave(BLOCK)
+    step = 7919 if rows % 7919 else 7907
+    flat = (every * step % rows * blocks + every % blocks) * BLOCK + torch.arange(BLOCK).repeat(len(x))
+    index = torch.stack(unravel(flat, shape), 1)
+    one = torch.zeros(1, dtype=torch.int64)
+    search = lambda: Sampler(_leaf(cut, x, scale, constants, one, one))  # noqa: E731
+    edges = with_boundaries(cut.out, search, index[::BLOCK], generator)[len(x) :]
+    index = torch.cat((index, edges))
+    flat = flat_index(cut.x, index)
+    block = torch.cat((every, torch.arange(len(edges)) % len(x)))
+    out = Sampler(_leaf(cut, x, scale, constants, block, flat)).evaluate(cut.out, index)
+    return x, exact, out, torch.stack((block, flat % BLOCK), 1)
+
+
+def _leaf(
+    cut: Cut, x: Tensor, scale: Tensor, constants: Mapping[Node, Tensor], block: Tensor, flat: Tensor
+) -> Callable[[Node, Coords], Tensor | None]:
+    """Values of leaves, where sample i looks at element flat[i], whose block of 16 holds x[block[i]]; the rest is junk.
+
+    Of one element alone, all samples are about it.
+    """
+    shape = shape_of(cut.x)
+    row = flat // shape[-1]
+    owner = row // (elements(cut.x) // shape[-1] // shape[0]) if cut.per == "expert" else row * (cut.per == "row")
 
     def leaf(node: Node, at: Coords) -> Tensor | None:
-        world = at.sample // count
+        sample = at.sample if len(flat) > 1 else torch.zeros_like(at.sample)
         if node is cut.x:
             place = flat_index(node, at.index)
-            mine = place // BLOCK == row[world] * (shape[-1] // BLOCK) + block[world]
-            return torch.where(mine, x[world, place % BLOCK], _JUNK).to(x.dtype)
+            mine = place // BLOCK == flat[sample] // BLOCK
+            return torch.where(mine, x[block[sample], place % BLOCK], _JUNK).to(x.dtype)
         if node is cut.scale:
-            mine = flat_index(node, at.index) == owner[world]
-            return torch.where(mine, scale[world], _JUNK_SCALE).to(scale.dtype)
+            mine = flat_index(node, at.index) == owner[sample]
+            return torch.where(mine, scale[block[sample]], _JUNK_SCALE).to(scale.dtype)
         if node in constants:
             return constants[node].reshape(-1)[flat_index(node, at.index)]
         return None
 
-    flat = (row[:, None] * shape[-1] + block[:, None] * BLOCK + positions).reshape(-1)
-    out = Sampler(leaf).evaluate(cut.out, torch.stack(unravel(flat, shape), 1))
-    return worlds, x, exact, out.reshape(len(x), count)
+    return leaf
 
 
 def _as_given(cut: Cut, worlds: Worlds, op: Op) -> tuple[Tensor, Tensor, Tensor]:
@@ -159,9 +185,10 @@ def _as_given(cut: Cut, worlds: Worlds, op: Op) -> tuple[Tensor, Tensor, Tensor]
     return (worlds.blocks * (exact / worlds.scales)[:, None]).to(dtype), scale, exact
 
 
-def _values(cut: Cut, x: Tensor, exact: Tensor, dialect: str, dtype: torch.dtype, positions: Tensor) -> Tensor:
+def _values(cut: Cut, x: Tensor, exact: Tensor, dialect: str, dtype: torch.dtype, at: Tensor) -> Tensor:
+    """What a rule makes of elements at [S, 2], (block, position in it)."""
     values = fake_quantize(x.to(dtype), exact[:, None], dialect).to(cut.out.meta["val"].dtype)
-    return values.gather(1, positions)
+    return values[at[:, 0], at[:, 1]]
 
 
 def _equal(a: Tensor, b: Tensor, signs: bool) -> bool:

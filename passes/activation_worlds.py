@@ -14,7 +14,6 @@ from fx_nvfp4.format import BLOCK
 # Powers of two keep ties exact in 16 bits; the others make reciprocals and products round.
 SCALES = (1.0, 2.0**-6, 2.0**-11, 1 / 137.3, 0.000207, 0.0371, 3.3)
 _TIES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
-_ELEMENTS = 6  # of each block, that are compared
 
 
 @dataclass(frozen=True)
@@ -30,10 +29,8 @@ class Worlds:
     def __add__(self, others: Worlds) -> Worlds:
         return Worlds(torch.cat((self.blocks, others.blocks)), torch.cat((self.scales, others.scales)))
 
-    def positions(self) -> Tensor:
-        """[B, P] which elements of each block are looked at: not the same in all."""
-        first = torch.arange(len(self.blocks))[:, None] * 5
-        return (first + torch.arange(_ELEMENTS) * 3) % BLOCK
+    def repeated(self, times: int) -> Worlds:
+        return Worlds(self.blocks.repeat(times, 1), self.scales.repeat(times))
 
 
 @lru_cache(maxsize=1)

@@ -20,13 +20,14 @@ from .block import Unit
 from .coords import Coords
 from .found import Refused
 from .leaves import mix
-from .nodes import elements, flat_index, shape_of
+from .nodes import CASTS, elements, flat_index, is_tensor, shape_of
 from .routing import Routing
 from .rows import NOWHERE, PADDING, Rows, Setting, coordinates
 from .sample import with_boundaries
 from .walk import Walk
 
 _PAIRS, _TOKENS = 4096, 1024  # slots, or tokens with one slot each, that one world looks at
+_MOST_TOKENS = 1 << 15  # of many tokens: a third of so many, so that three worlds see each
 _MOST_SLOTS = 32  # the sum of small integers of so many slots is exact in bfloat16
 
 Down = Callable[[Unit, Coords], Tensor]
@@ -46,7 +47,7 @@ class Combine:
         pairs = torch.arange(c.tokens * c.slots)
         if len(pairs) > _PAIRS:  # a slot of each token, of every third where there are many
             token = torch.arange(generator.initial_seed() % 3, c.tokens, 3 if c.tokens > _TOKENS else 1)
-            token = token[torch.randperm(len(token), generator=generator)[:_PAIRS]]
+            token = token[torch.randperm(len(token), generator=generator)[: max(_PAIRS, _MOST_TOKENS)]]
             pairs = token * c.slots + torch.randint(0, c.slots, token.shape, generator=generator)
         pairs = torch.cat((pairs, torch.randint(0, c.tokens * c.slots, (c.features,), generator=generator)))
         feature = torch.randint(0, c.features, (len(pairs),), generator=generator)
@@ -102,8 +103,28 @@ class Combine:
             rows.append(row[expert >= 0].unique())
         return rows
 
+    def _check_no_rounding(self) -> None:
+        """Casts of the products' results keep what the block's result can show; rounding once after the sum may be."""
+        out = self.c.out.meta["val"].dtype
+        down = {unit.down.node: unit.down.node.meta["val"].dtype for unit in self.c.units}
+        coarsest = max(torch.finfo(dtype).eps for dtype in (out, *down.values()))
+        after = set(down)
+        for node in self.c.out.graph.nodes:
+            if after.isdisjoint(node.all_input_nodes) or node not in self.s.nodes:
+                continue
+            after.add(node)
+            if node.target not in CASTS or not is_tensor(node):
+                continue
+            dtype = node.meta["val"].dtype
+            if dtype.is_floating_point and torch.finfo(dtype).eps > coarsest:
+                raise Refused(
+                    f"experts' results are rounded to {dtype} in {node.name}, and the op sums them as they are",
+                    "leave that cast out, or round the sum",
+                )
+
     def check(self, rows: Mapping[Node, Rows], weighted: str) -> None:
         """rows: of each down product. weighted: where the weights are, before the products or after."""
+        self._check_no_rounding()
         self._check_one_slot(rows, weighted)
         self._check_all_slots(rows, weighted)
 

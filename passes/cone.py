@@ -219,17 +219,20 @@ def _is_unpacked(leaf: Node, cone: Mapping[Node, None] | None = None) -> bool:
     return False
 
 
-def _same_value(a: Any, b: Any) -> bool:
-    """Whether two arguments are spelled the same from the same nodes."""
+def _same_value(a: Any, b: Any, known: dict[tuple[Node, Node], bool] | None = None) -> bool:
+    """Whether two arguments are spelled the same from the same nodes; known: pairs that were compared already."""
+    known = {} if known is None else known
     if isinstance(a, Node) and isinstance(b, Node):
         if a is b:
             return True
         if not is_tensor(a) or not is_tensor(b):  # sizes
             return str(a.meta.get("val", a)) == str(b.meta.get("val", b))
-        calls = a.op == b.op == "call_function" and a.target == b.target and a.kwargs == b.kwargs
-        return calls and is_supported(a) and _same_value(a.args, b.args)
+        if (a, b) not in known:
+            calls = a.op == b.op == "call_function" and a.target == b.target and a.kwargs == b.kwargs
+            known[a, b] = calls and is_supported(a) and _same_value(a.args, b.args, known)
+        return known[a, b]
     if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
-        return len(a) == len(b) and all(map(_same_value, a, b))
+        return len(a) == len(b) and all(_same_value(x, y, known) for x, y in zip(a, b, strict=True))
     return type(a) is type(b) and a == b
 
 

@@ -28,6 +28,7 @@ aten = torch.ops.aten
 
 _Key = tuple[Node, int]
 _ADVICE = "use a pointwise function of gate and up between the products"
+_LONGEST = 200  # calls of an expression
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,11 @@ class Tracer(Walk):
         """The expression of what was evaluated first; raises `Refused` for what no expression says."""
         found = Traced(None)
         term = self._term(self._open[0][0], ups, found)
+        if (length := _length(term, {})) > _LONGEST:
+            raise Refused(
+                f"the activation is {length} calls long, written out with each value that it uses again",
+                f"up to {_LONGEST} are read; use a pointwise function of fewer steps",
+            )
         found.root = _numbered(term, found)
         return found
 
@@ -100,6 +106,8 @@ class Tracer(Walk):
         if MOVES.of(node):  # indices are followed, and no values
             inputs = [k for k in inputs if self.belongs_to_tokens(k[0])]
         terms = [self._term(k, ups, found) for k in inputs]
+        if node.target in CASTS and node.meta["val"].is_floating_point() and node.meta["val"].dtype.itemsize == 1:
+            raise Refused(f"the activation rounds to {node.meta['val'].dtype} in {node.name}", _ADVICE)
         if MOVES.of(node) or node.target in CASTS:
             if len(terms) != 1:
                 raise Refused(f"the activation puts {node.name} together from several parts", _ADVICE)
@@ -133,6 +141,15 @@ class _Routed:
 
 
 # Terms: Operand, number, or (template, *terms)
+
+
+def _length(term: Any, known: dict[int, int]) -> int:
+    """Calls in a term as text, which repeats what is used again: twice as long for each square of a square."""
+    if not isinstance(term, tuple):
+        return 0
+    if id(term) not in known:
+        known[id(term)] = 1 + sum(_length(t, known) for t in term[1:])
+    return known[id(term)]
 
 
 def _numbered(term: Any, found: Traced) -> Any:

@@ -27,8 +27,8 @@ def mix(index: Tensor, sample: Tensor, salt: int) -> Tensor:
     return (x ^ (x >> 29)) & 0x7FFFFFFFFFFFFFFF
 
 
-def _virtual_floats(bits: Tensor) -> Tensor:
-    """Global scales from 2^-12 to 2^12, in float64.
+def _virtual_floats(bits: Tensor, wide: bool) -> Tensor:
+    """Global scales from 2^-12 to 2^12, in float64; where wide, some from 2^-36 to 2^36, past what a clamp may hide.
 
     Most are chosen such that, times or divided into the right code and block scale, they come within a float32 rounding
     of the middle between two neighbours in bf16 or fp16: only there do orders of multiplication differ visibly.
@@ -40,11 +40,13 @@ def _virtual_floats(bits: Tensor) -> Tensor:
     significand = torch.where(kind < 7, middle / product, product / middle)
     significand = torch.where(kind < 14, significand, 1 + (bits & 0x7FFFFF) / 8388608)
     exponent = (bits >> 23) % 24 - 12
+    if wide:
+        exponent = torch.where(kind == 15, exponent * 3, exponent)
     return torch.ldexp(torch.frexp(significand).mantissa, exponent)
 
 
 def _virtual(dtype: torch.dtype, bits: Tensor) -> Tensor:
-    """Hashed bits [S] as values of a dtype: every byte, every finite e4m3, and floats from 2^-12 to 2^12."""
+    """Hashed bits [S] as values of a dtype: every byte, every finite e4m3, and floats of most sizes."""
     if dtype in BYTES:
         return (bits & 0xFF).to(torch.uint8).view(dtype)
     if dtype == torch.float8_e4m3fn:
@@ -56,7 +58,7 @@ def _virtual(dtype: torch.dtype, bits: Tensor) -> Tensor:
     if dtype == torch.bool:
         return bits % 2 == 0
     if dtype.is_floating_point:
-        return _virtual_floats(bits).to(dtype)
+        return _virtual_floats(bits, wide=dtype != torch.float16).to(dtype)
     # Of an int64, the sign bit too: sixteen codes may lie in it.
     return (bits << 1 ^ bits >> 61 if dtype == torch.int64 else bits & 0xFFFFFFFF).to(dtype)
 

@@ -14,7 +14,7 @@ import torch
 from torch.fx import Node
 
 from .found import Refused
-from .nodes import CASTS, fixed, is_tensor
+from .nodes import CASTS, arguments, fixed, is_tensor
 from .sample import MOVES
 
 aten = torch.ops.aten
@@ -24,15 +24,21 @@ _ENDLESS = (1 << 31) - 1  # no number of tokens
 _COMPARING = {
     *(aten.eq, aten.ne, aten.lt, aten.le, aten.gt, aten.ge, aten.clamp, aten.clamp_max, aten.clamp_min),
     *(aten.minimum, aten.maximum, aten.remainder, aten.fmod, aten.floor_divide),
+    *(aten.bitwise_and, aten.bitwise_or, aten.bitwise_xor),
 }
-_SHIFTED = {aten.add.Tensor, aten.sub.Tensor}
+_SHIFTING = {aten.bitwise_right_shift, aten.bitwise_left_shift, aten.__rshift__, aten.__lshift__}  # by powers of two
+# What a comparison may see its numbers through.
+_SCALED = {
+    *(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar),
+    *(aten.div.Tensor_mode, aten.div.Scalar_mode),
+}
 
 
 def largest(nodes: Iterable[Node]) -> int:
     """The largest number that any of the nodes is compared with; raises `Refused` if there are too many to try."""
     most = 0
     for node in nodes:
-        if getattr(node.target, "overloadpacket", None) in _COMPARING:
+        if _compares(node):
             found = max((n for n in _numbers(node) if n < _ENDLESS), default=0)
             if found > _LARGEST:
                 raise Refused(
@@ -43,9 +49,23 @@ def largest(nodes: Iterable[Node]) -> int:
     return most
 
 
+def _compares(node: Node) -> bool:
+    """Whether an op tells numbers below some number from those above, in one step or in several."""
+    packet = getattr(node.target, "overloadpacket", None)
+    rounds = packet is aten.div and arguments(node).rounding_mode is not None if _has_mode(node) else False
+    return packet in _COMPARING or packet in _SHIFTING or rounds
+
+
+def _has_mode(node: Node) -> bool:
+    return node.target in (aten.div.Tensor_mode, aten.div.Scalar_mode)
+
+
 def _numbers(node: Node) -> Iterator[int]:
     """Magnitudes of what a comparison compares with."""
     stack: list[Any] = [*node.args, *node.kwargs.values()]
+    if getattr(node.target, "overloadpacket", None) in _SHIFTING:
+        by = fixed(node.args[1])
+        stack = [2 ** min(abs(int(by)), 31)] if isinstance(by, (int, float)) else stack
     while stack:
         value = stack.pop()
         number = None if is_tensor(value) else fixed(value)
@@ -53,7 +73,9 @@ def _numbers(node: Node) -> Iterator[int]:
             yield int(min(abs(number), _ENDLESS))
         elif is_tensor(value):
             yield from _constant(value)
-            if MOVES.of(value) is not None or value.target in CASTS or value.target in _SHIFTED:
+            if value.target in _SCALED:
+                stack += value.args
+            elif MOVES.of(value) is not None or value.target in CASTS:
                 stack += value.all_input_nodes
 
 
