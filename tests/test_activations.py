@@ -61,9 +61,9 @@ def run(model, *inputs, **options):
 class Quantised(nn.Module):
     """linear(quantise(x), packed weight)."""
 
-    def __init__(self, quantise, activations="none", dtype=FP32, scale=0.02):
+    def __init__(self, quantise, activations="none", dtype=FP32, scale=0.02, k=K):
         super().__init__()
-        w = torch.randn(N, K, generator=torch.Generator().manual_seed(5)).to(dtype)
+        w = torch.randn(N, k, generator=torch.Generator().manual_seed(5)).to(dtype)
         act = torch.tensor(0.5, dtype=torch.float64) if activations == "static" else None
         self.weight = nn.Parameter(NVFP4Weight.from_dense(w, activations, act), requires_grad=False)
         self.quantise = quantise
@@ -355,6 +355,26 @@ def test_near_misses_stay_and_are_reported_and_their_rows_are_not_rounded_again(
     assert report.matched[0].activations == "W4A16"
     if name != "stochastic":
         torch.testing.assert_close(y, plain(x), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "keep",
+    [
+        lambda x, y: torch.where(torch.arange(x.shape[1]) == 1, x, y),
+        lambda x, y: torch.cat((y[:, :1], x[:, 1:2], y[:, 2:]), 1),
+        lambda x, y: torch.cat((y[:3], x[3:4], y[4:])),
+    ],
+    ids=["where", "cat", "row"],
+)
+@pytest.mark.parametrize("rows", [5, 16384])
+def test_a_column_or_row_that_is_kept(keep, rows):
+    """Ten elements of each block were never looked at where K is a multiple of 256, and of many rows most."""
+    model = Quantised(lambda x, s: keep(x, q.torchao(x, s)), k=256)
+    x = torch.randn(rows, 256)
+    y, report, targets = run(model, x)
+    assert targets.ours == ["linear"]
+    assert "none of the known rules" in report.refused[0].reason
+    torch.testing.assert_close(y, model(x), rtol=1e-5, atol=1e-4)
 
 
 def test_blocks_along_rows_are_not_the_products():

@@ -5,6 +5,7 @@ that models are written in.
 """
 
 import re
+import time
 import types
 
 import pytest
@@ -485,6 +486,52 @@ def test_numbers_that_a_symbolic_count_of_tokens_passes(body):
     lifted(Block(body), [(T,)])
 
 
+@pytest.mark.parametrize(
+    "keeps",
+    [
+        lambda place: place // 60 == 0,
+        lambda place: (place >> 6) == 0,
+        lambda place: place.float() / 60 < 1,
+        lambda place: (place & ~63) == 0,
+    ],
+    ids=["division", "shift", "scaled", "mask"],
+)
+def test_capacities_in_other_words(keeps):
+    """Numbers were looked for in comparisons alone, so that more tokens than these were never tried."""
+
+    def combine(y, w):
+        keep = keeps(torch.arange(len(y)))[:, None, None]
+        return (torch.where(keep, y, 0) * w.unsqueeze(-1)).sum(dim=1)
+
+    body = lambda *a: indexed(*a, combine=combine)  # noqa: E731
+    assert "slots are dropped" in not_lifted(Block(body), [(T,), (150,)], dynamic=True)
+
+
+def test_one_token_of_very_many_gets_nothing():
+    """Of over 12288 tokens some were looked at in no world."""
+    tokens = 16384
+
+    def spread_but(m, x, weights, ids):
+        keep = (torch.arange(tokens) != 12345)[:, None, None]
+        return indexed(m, x, weights, ids, combine=lambda y, w: (torch.where(keep, y, 0) * w.unsqueeze(-1)).sum(1))
+
+    assert "slots are dropped" in not_lifted(Block(spread_but), [(tokens,)])
+
+
+def test_an_activation_that_uses_its_value_again_and_again():
+    """Written out it grows threefold with each step: it took minutes, then hours."""
+
+    def long(y):
+        gate, up = y.chunk(2, -1)
+        for _ in range(12):
+            gate = gate - gate * gate * 0.01
+        return gate * up
+
+    start = time.perf_counter()
+    assert "calls long" in not_lifted(Block(lambda *a: indexed(*a, act=long)))
+    assert time.perf_counter() - start < 60
+
+
 def test_numbers_that_are_too_large_to_be_passed():
     assert "compares with 100000" in not_lifted(Block(first_tokens(100_000)), dynamic=True)
 
@@ -792,6 +839,18 @@ IMPOSTORS = {
         "several parts|out of order",
     ),
     "activation differs by row": (act(act_of_row), "depends on the routing"),
+    "activation rounds to fp8": (
+        act(lambda y: swiglu(y).to(torch.float8_e5m2).to(y.dtype)),
+        "rounds to torch.float8_e5m2",
+    ),
+    "results are rounded to fp8": (
+        combined(lambda y, w: (y.to(torch.float8_e5m2).to(y.dtype) * w.unsqueeze(-1)).sum(dim=1)),
+        "experts' results are rounded to torch.float8_e5m2",
+    ),
+    "results are rounded to bf16": (
+        combined(lambda y, w: (y.bfloat16().float() * w.unsqueeze(-1)).sum(dim=1)),
+        "experts' results are rounded to torch.bfloat16",
+    ),
     "only half of the rows": (act(lambda y: F.silu(y[..., :WIDTH])), "takes"),
     "not zero of zeros": (lambda *a: on_input(*a, act=lambda y: swiglu(y) + 1), "as zeros"),
 }

@@ -82,6 +82,14 @@ def test_global_scale_computed_from_one_input():
     assert found.global_scale.args == (inputs[2], 2688)
 
 
+@pytest.mark.parametrize("clamp", [lambda g: g.clamp(min=1e-4), lambda g: 1 / (1 / g).clamp(max=1e4)])
+def test_a_global_scale_that_is_clamped_out_of_sight(clamp):
+    """Scales were tried from 2^-12 on, so that what acts below was not seen, and dropped."""
+    q, s, g = weight()
+    found, inputs = accepted(lambda q, s, g: dequantise(q, s, clamp(g.float())), q, s, g)
+    assert found.global_scale not in inputs
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
 @pytest.mark.parametrize(
     ("scale", "factor"),
