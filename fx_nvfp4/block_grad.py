@@ -21,7 +21,8 @@ def moe_backward(grad: Tensor, x: Tensor, ids: Tensor, weights: Tensor, block: B
     gate, up = block.split(_ups(block.enter(x[token], weight), expert, offs, block))
     h = block.activation.evaluate(gate, up).to(x.dtype)
 
-    grad_y = grad[token]
+    # Gradients of rows come in its dtype, which the block's own (out_dtype) may be too short for.
+    grad_y = grad[token].to(torch.promote_types(grad.dtype, x.dtype))
     grad_h = ops.input_grad(grad_y, *block.down.weight, offs=offs).float()
     if block.weighted == "output":
         grad_weight = _by_routing_weight(grad_y, grad_h, h, block, expert, offs)

@@ -120,7 +120,9 @@ def fake_quantize(x: Tensor, global_scale: Tensor | float, dialect: str = "hardw
 
 def scale_pair(global_scale: Tensor | float, device: torch.device) -> tuple[Tensor, Tensor]:
     """(s, g): a global scale in fp32 and its fp32 reciprocal, each rounded once from the number given."""
-    exact = torch.as_tensor(global_scale, device=device).double()
+    if not isinstance(global_scale, Tensor):  # not by way of the default dtype
+        global_scale = torch.tensor(global_scale, dtype=torch.float64)
+    exact = global_scale.to(device).double()
     return exact.float(), (1.0 / exact).float()
 
 

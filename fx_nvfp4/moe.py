@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from . import block as plain
 from . import ops, reference
@@ -215,6 +216,13 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     arguments = [
         [next(saved) for _ in a] if isinstance(a, list) else next(saved) if a is Tensor else a for a in ctx.arguments
     ]
+    needed = zip(torch.ops.fx_nvfp4.moe.default._schema.arguments[3:], ctx.needs_input_grad[3:], strict=False)
+    learning = [argument.name for argument, needs in needed if any(tree_leaves(needs))]
+    if learning:
+        raise RuntimeError(
+            f"fx_nvfp4.moe has no gradient for {', '.join(learning)}: freeze what is passed there with "
+            "requires_grad_(False), or keep the products apart (the backend does where they are trained)"
+        )
     grad_x, grad_weights = moe_backward(grad, *arguments)
     # One entry for each operand of the call; PyTorch has dropped those that equal their defaults.
     passed = ctx.arguments[3 : len(ctx.needs_input_grad)]

@@ -120,7 +120,7 @@ class Table:
         at = problem, range_of(tokens)
         if at not in self._chosen:
             stored = self._stored.get(f"{problem.key} {at[1]}")
-            if not stored:
+            if not stored or not _was_timed(stored):
                 return None
             self._chosen[at] = _best(stored)
         return self._chosen[at]
@@ -129,9 +129,10 @@ class Table:
         """Measure the candidates, keep all of them in the file, and return the fastest."""
         measured = measure(problem, tokens, target, run)
         at = problem, range_of(tokens)
-        self._stored[f"{problem.key} {at[1]}"] = measured
         self._chosen[at] = _best(measured)
-        self._write()
+        if _was_timed(measured):  # else the cause lies outside them: memory, or a call that gives NaN
+            self._stored[f"{problem.key} {at[1]}"] = measured
+            self._write()
         log.info("%s, %d tokens:\n%s", problem, tokens, describe(measured))
         return self._chosen[at]
 
@@ -145,7 +146,7 @@ class Table:
             return {at: [_measured(entry) for entry in found] for at, found in stored.items()}
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, TypeError) as error:  # TypeError: of a release with other configurations
+        except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:  # or of another release
             log.warning("%s cannot be read (%s); blocks are tuned anew", self._path, error)
             return {}
 
@@ -156,6 +157,10 @@ class Table:
         with tempfile.NamedTemporaryFile("w", dir=self._path.parent, delete=False) as file:
             json.dump(self._stored, file, indent=1, default=dataclasses.asdict)
         os.replace(file.name, self._path)
+
+
+def _was_timed(measured: list[Measured]) -> bool:
+    return any(m.microseconds is not None for m in measured)
 
 
 @cache

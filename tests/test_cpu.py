@@ -276,3 +276,29 @@ def test_two_processes_build_at_once_and_one_has_no_compiler(tmp_path):
     out, error = without.communicate(timeout=300)
     assert out.decode().startswith("plain PyTorch on cpu (no C++ body: ")
     assert "NVFP4Warning: NVFP4 products on the CPU run as plain PyTorch" in error.decode()
+
+
+SHORT_OF_MEMORY = """
+import resource, torch
+import fx_nvfp4
+torch.set_num_threads(1)
+K = 1 << 22
+codes, scales = torch.zeros(4, K // 2, dtype=torch.uint8), torch.full((4, K // 16), 0x38, dtype=torch.uint8)
+operands = codes, scales.view(torch.float8_e4m3fn), torch.ones(4)
+x = torch.ones(4, K)
+few = [t.contiguous() for t in (x[:1, :64], codes[:, :32], operands[1][:, :4], operands[2])]
+torch.ops.fx_nvfp4.linear(*few)  # builds the body
+size = next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmSize"))
+resource.setrlimit(resource.RLIMIT_AS, (size + (300 << 20),) * 2)
+try:
+    torch.ops.fx_nvfp4.linear(x, *operands)
+except MemoryError as error:
+    print("MemoryError", error)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits memory as Linux does")
+def test_memory_that_runs_out_in_a_thread_is_an_error():
+    """It ended the process: no exception may leave the threads' region."""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", SHORT_OF_MEMORY], capture_output=True, text=True)
+    assert "MemoryError fx_nvfp4: no memory" in done.stdout, done.stderr[-2000:]

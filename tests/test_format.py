@@ -158,3 +158,21 @@ def test_quantising_twice_changes_nothing(rows, blocks, dialect, dtype, seed):
 def test_bad_tensors_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_scales_that_are_numbers_do_not_go_through_the_default_dtype():
+    """Their fp32 reciprocals were those of rounded numbers; under a default of bfloat16, codes changed."""
+    numbers = torch.rand(500, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    before = torch.get_default_dtype()
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            for number in numbers:
+                got, want = (
+                    nvfp4.scale_pair(number.item(), torch.device("cpu")),
+                    nvfp4.scale_pair(number, number.device),
+                )
+                assert torch.equal(got[0], want[0])
+                assert torch.equal(got[1], want[1])
+        finally:
+            torch.set_default_dtype(before)

@@ -555,3 +555,31 @@ def test_at_size_twice_and_against_the_grouped_ops(tokens):
 def test_the_op_is_there_after_import():
     assert fx_nvfp4.moe.moe is not None
     assert "Tensor[] up_qdata" in str(op.default._schema)
+
+
+def test_what_has_no_gradient_says_so():
+    """Biases that were trained got none, in silence."""
+    x, ids, weights, *rest = Layer(bias=True, dtype=torch.float32).operands()
+    up_bias, down_bias = ([b.requires_grad_() for b in rest[8]], rest[9].requires_grad_())
+    assert len(up_bias) == 1
+    y = op(x.requires_grad_(), ids, weights, *rest)
+    with pytest.raises(RuntimeError, match="no gradient for up_bias, down_bias: freeze"):
+        y.sum().backward()
+    rest[8], rest[9] = [b.detach() for b in up_bias], down_bias.detach()
+    op(x, ids, weights, *rest).sum().backward()
+    assert x.grad is not None
+
+
+@pytest.mark.parametrize("weighted", ["output", "input"])
+def test_gradients_are_not_rounded_to_the_dtype_of_the_result(weighted):
+    """Between the products they were, where out_dtype is shorter than x."""
+    layer = Layer(weighted=weighted, dtype=torch.float32)
+
+    def gradients(out_dtype):
+        x, ids, weights, *rest = layer.operands()
+        leaves = x.requires_grad_(), weights.float().requires_grad_()
+        y = op(leaves[0], ids, leaves[1], *rest, out_dtype=out_dtype)
+        return torch.autograd.grad(y, leaves, torch.ones_like(y))
+
+    for got, want in zip(gradients(torch.bfloat16), gradients(None), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * want.abs().max().item())

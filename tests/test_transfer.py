@@ -113,3 +113,21 @@ def test_the_peak_of_a_load_is_the_model_itself(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout)["peak"] < 1.2 * total + 16e6
     assert total > 100e6
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ({"__metadata__": None, "a": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}}, None),
+        ({"a": ["U8", [4], [0, 4]]}, "a dtype, a shape and data_offsets by name"),
+    ],
+)
+def test_headers_that_safetensors_takes_and_nobody_writes(tmp_path, header, message):
+    """They ended in a TypeError."""
+    text = json.dumps(header).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+    if message is None:
+        assert list(Reader(tmp_path).tensors) == ["a"]
+    else:
+        with pytest.raises(CheckpointError, match=message):
+            Reader(tmp_path)

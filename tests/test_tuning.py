@@ -143,3 +143,21 @@ def test_a_dumped_kernel_runs_alone_and_is_what_runs(broken, tmp_path):
     else:
         assert done.returncode == 0, done.stderr[-2000:]
         assert "3 tokens  relative error" in done.stdout
+
+
+@pytest.mark.parametrize("result", [lambda c: torch.full((4,), torch.nan), lambda c: torch.full((4,), torch.inf)])
+def test_a_call_that_tells_nothing_of_any_configuration_is_not_kept(monkeypatch, tmp_path, result):
+    """Its failures were stored as a result, and the block was measured never again."""
+    table = tuning.Table(tmp_path / "gpu.json")
+    chosen = table.tune(PROBLEM, 64, "hopper", Runs(monkeypatch, lambda c: 1.0, result))
+    assert chosen == choose(64, PROBLEM.top, PROBLEM.experts, "hopper")
+    assert table.get(PROBLEM, 64) == chosen
+    assert tuning.Table(tmp_path / "gpu.json").get(PROBLEM, 64) is None
+
+
+@pytest.mark.parametrize("content", ["[]", "null", '{"a": [{"direct": false, "microseconds": 1.0}]}', '{"a": 3}'])
+def test_a_file_of_something_else_is_tuned_anew(tmp_path, content):
+    """It was an error in every call of a block."""
+    path = tmp_path / "gpu.json"
+    path.write_text(content)
+    assert tuning.Table(path).get(PROBLEM, 64) is None

@@ -120,7 +120,7 @@ class Reader:
         except (SafetensorError, OSError) as error:
             raise mismatch(file, f"an error ({error})", "a whole safetensors file", _COMPLETE) from error
         header, data = _read_header(file)
-        self.metadata.update(header.pop("__metadata__", {}))
+        self.metadata.update(header.pop("__metadata__", None) or {})
         for name in sorted(header):
             if name in self.tensors:
                 raise mismatch(
@@ -130,6 +130,8 @@ class Reader:
                     "delete shards that are left over from another version of the checkpoint",
                 )
             entry = header[name]
+            if not isinstance(entry, dict):
+                raise mismatch(f"{name} in {file}", repr(entry), "a dtype, a shape and data_offsets by name", _COMPLETE)
             start, end = entry["data_offsets"]
             self.tensors[name] = StoredTensor(
                 name, file, entry["dtype"], tuple(entry["shape"]), data + start, end - start

@@ -18,6 +18,7 @@
 #include <c10/util/Half.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -304,15 +305,25 @@ struct Routing {
   static bool inside(const Product& p, int64_t s) { return expert(p, s) >= 0 && expert(p, s) < p.experts; }
 };
 
-// Calls body(index) for 0 .. count - 1, each thread with a copy of body of its own.
+// Calls body(index) for 0 .. count - 1, each thread with a copy of body of its own. No exception may leave the region
+// of threads: memory that does not suffice is noted there, and thrown after it.
 template <class Body>
 void parallel(int64_t count, int64_t threads, const Body& body) {
+  std::atomic<bool> failed{false};
 #pragma omp parallel num_threads(static_cast<int>(std::max<int64_t>(1, std::min(threads, count))))
   {
     Body own(body);
 #pragma omp for schedule(dynamic)
-    for (int64_t i = 0; i < count; ++i) own(i);
+    for (int64_t i = 0; i < count; ++i) {
+      if (failed.load(std::memory_order_relaxed)) continue;
+      try {
+        own(i);
+      } catch (const std::bad_alloc&) {
+        failed.store(true, std::memory_order_relaxed);
+      }
+    }
   }
+  if (failed.load()) throw std::bad_alloc();
 }
 
 // The rows of x as A takes them, padded with zeros to whole steps.
