@@ -96,6 +96,7 @@ def test_roundings_are_recognised_however_they_are_spelled(name, rounding):
     assert rule(lambda x, s: spelling(x, s, q.ROUNDERS[rounding]), x_of(), scale_of(name))
 
 
+@pytest.mark.in_part(3)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", q.RULES)
 def test_backend_makes_the_quantiser_part_of_the_product(name, dtype):

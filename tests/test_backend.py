@@ -307,6 +307,7 @@ def test_what_the_option_says_of_tuning_goes_before_the_mode(mode, tune, wanted,
     assert tuning.enabled() == wanted
 
 
+@pytest.mark.slow
 def test_explaining_many_times_leaves_compilation_working():
     model, x = SpelledMoE("linear", torch.bfloat16), spelled_models.tokens(3, torch.bfloat16)
     with torch.no_grad():

@@ -175,6 +175,7 @@ def test_two_models_in_one_process(activations):
             torch.testing.assert_close(run(tokens(5)), model(tokens(5)), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.in_part(3)
 @pytest.mark.parametrize(
     "options", [{"fx_graph_cache": True}, {"fx_graph_cache": False}, {"force_disable_caches": True}]
 )

@@ -266,6 +266,7 @@ def run_apart(cache, **environment):
     return subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
+@pytest.mark.slow
 def test_two_processes_build_at_once_and_one_has_no_compiler(tmp_path):
     two = [run_apart(tmp_path / "cache") for _ in range(2)]
     without = run_apart(tmp_path / "other", CXX="/nonexistent/c++", PATH="/nonexistent")

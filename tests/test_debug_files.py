@@ -31,6 +31,7 @@ def debug_folders(tmp_path):
 
 
 # "torch": a process in which nothing but the entry point of the backend imports the package.
+@pytest.mark.in_part(2)
 @pytest.mark.parametrize(("first", "setting"), [("torch", "+fx_nvfp4"), ("fx_nvfp4", "fx_nvfp4")])
 def test_torch_logs_prints_the_report_and_with_plus_every_site(tmp_path, first, setting):
     code = f"""

@@ -7,17 +7,17 @@ from zoo_weights import PACKINGS
 pytest.importorskip("transformers")  # whose experts are two of the styles
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-COUNT, CHUNKS = 300, 10
+COUNT, CHUNKS = 300, 20
 
 
-# One chunk in the quick tests: each takes most of a minute.
+# One chunk in the quick tests: each takes half a minute.
 @pytest.mark.parametrize("chunk", [pytest.param(n, marks=[pytest.mark.slow] * (n > 0)) for n in range(CHUNKS)])
 def test_nothing_is_unexplained(chunk):
     found = list(fuzz.outcomes(chunk * COUNT // CHUNKS, COUNT // CHUNKS))
     bugs = [f"seed {c.seed}: {o.kind}: {o.detail}\n  {c}" for c, o in found if o.bug]
     assert not bugs, "\n" + "\n".join(bugs)
     kinds = {o.kind for _, o in found}
-    assert {"lifted", "rewritten", "refused"} <= kinds  # or the cases are not random enough
+    assert len(kinds & {"lifted", "rewritten", "refused"}) > 1  # or the cases are not random enough
     refused = [f"seed {c.seed}: {o.detail}" for c, o in found if o.kind == "refused" and not fuzz.may_be_refused(c)]
     assert not refused, "\n" + "\n".join(refused)
 

@@ -494,6 +494,7 @@ def other_process(cache, change="", model="test_guards.One(table)", edit=False):
     return run_process(OTHER_PROCESS.format(change=change, model=model, edit=edit), cache)
 
 
+@pytest.mark.slow
 def test_a_warm_cache_is_guarded_in_another_process(tmp_path):
     matched, refused, error, hits, _ = other_process(tmp_path)
     assert (matched, refused, hits) == (1, 0, 0)

@@ -91,7 +91,7 @@ def check(block: Block, tokens: int, device: str, dtype: torch.dtype = torch.flo
     return code
 
 
-@pytest.mark.in_part(3)
+@pytest.mark.in_part(8)
 @pytest.mark.parametrize("layout", ["concatenated", "interleaved", "separate", "plain"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_layouts(layout, dtype, device):

@@ -229,6 +229,7 @@ def test_tokens_of_a_batch_with_two_symbols():
     lifted(model, [(2, 3), (4, 5), (3, 2)], dynamic=True, inputs=inputs)
 
 
+@pytest.mark.in_part(2)
 @pytest.mark.parametrize("body", [indexed, grouped])
 def test_routing_from_outside_whose_sizes_are_symbols_of_their_own(body):
     """Where x, ids and weights are inputs, nothing says at first that they are of the same tokens."""
@@ -479,6 +480,7 @@ def with_room(room):
     return body
 
 
+@pytest.mark.in_part(2)
 @pytest.mark.parametrize("body", [first_tokens(60), with_room(40)], ids=["first tokens", "room for some"])
 def test_numbers_that_a_symbolic_count_of_tokens_passes(body):
     """They hold for what tracing saw, and for three times as many."""

@@ -103,6 +103,7 @@ def test_the_eager_expert_loop_is_named_with_what_to_do():
     assert any('set_experts_implementation("grouped_mm")' in note for note in report.notes)
 
 
+@pytest.mark.slow
 def test_generation_with_a_compiled_model_equals_eager(device):
     input_ids, _ = reference(SMALL.name, device)
     model = fx_nvfp4.load(SMALL, device, torch.float32, progress=False)

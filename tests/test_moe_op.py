@@ -161,7 +161,7 @@ def test_plain_body_is_the_loop(case):
     assert with_strays(build(case)).check("cpu").any()
 
 
-@pytest.mark.in_part(3)
+@pytest.mark.in_part(6)
 @pytest.mark.parametrize("case", random.Random(0).sample(CASES, 36), ids=case_id)
 def test_kernels_are_the_loop(case, device, monkeypatch):
     monkeypatch.setattr(ops, "uses_kernels", lambda tensor: True)

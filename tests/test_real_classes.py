@@ -155,7 +155,7 @@ def check(model: nn.Module, *inputs: Tensor, dynamic: bool = False) -> Report:
     return report
 
 
-@pytest.mark.in_part(4)
+@pytest.mark.in_part(8)
 @pytest.mark.parametrize(("cls", "how", "activations"), CASES, ids=name_of)
 def test_experts_become_the_op_and_logits_are_eagers(cls, how, activations):
     model = build(cls, activations)

@@ -86,7 +86,7 @@ def plain(decode, dtype):
     return lambda m, q, s, g: by_blocks(decode(q), s.float() * g).to(dtype)
 
 
-@pytest.mark.in_part(4)
+@pytest.mark.in_part(8)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", DECODERS)
 def test_decoders(name, dtype):

@@ -98,7 +98,7 @@ def test_layouts(layout, dtype, bias, device):
     check(block, x, *routing(5, 2, 4, device))
 
 
-@pytest.mark.in_part(2)
+@pytest.mark.in_part(4)
 @pytest.mark.parametrize("tokens", [1, 2, 7, 40])
 def test_chosen_configurations(tokens, device):
     block = make(device=device, hidden=192, inner=128)

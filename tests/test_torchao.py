@@ -106,6 +106,7 @@ def compiled(function, **options):
     return torch.compile(function, backend="nvfp4_emu", fullgraph=True, options=options)
 
 
+@pytest.mark.in_part(3)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_experts_in_eager_mode_and_compiled(name, mode):

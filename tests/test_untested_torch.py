@@ -76,7 +76,7 @@ def test_untested_versions(monkeypatch, version):
     assert not versions.is_tested()
 
 
-@pytest.mark.in_part(3)
+@pytest.mark.in_part(6)
 @pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
 def test_one_warning_and_all_is_emulated(other, model):
     with collect_reports() as report:

@@ -103,7 +103,7 @@ def table() -> list[tuple[str, str, torch.dtype, str]]:
     return rows
 
 
-@pytest.mark.in_part(6)
+@pytest.mark.in_part(12)
 @pytest.mark.parametrize(("style", "packing", "dtype", "dynamic"), table())
 def test_style_with_spellings(style, packing, dtype, dynamic):
     form = "separate" if packing.count(",") == 2 else "concatenated"
@@ -137,7 +137,7 @@ FORMS = [
 ]
 
 
-@pytest.mark.in_part(6)
+@pytest.mark.in_part(10)
 @pytest.mark.parametrize(
     ("form", "style"),
     list(itertools.product(FORMS, STYLES)),
@@ -157,7 +157,7 @@ def test_activations(activation):
         emulated(Recipe(style=style, activation=activation, packing=TENSOR))
 
 
-@pytest.mark.in_part(5)
+@pytest.mark.in_part(10)
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("style", ["dense_bmm", "grouped_mm", "batched_mm", "titan"])
 def test_routings(style, routing):
@@ -176,7 +176,7 @@ def test_rows_of_absent_experts_are_masked(style, routing, monkeypatch):
     emulated(Recipe(style=style, routing=routing, experts=6, top_k=1 if routing in TOP_1 else 3, packing=TENSOR))
 
 
-@pytest.mark.in_part(6)
+@pytest.mark.in_part(12)
 @pytest.mark.parametrize("style", STYLES)
 def test_tokens_of_a_batch(style):
     """x [B, S, H], and shapes at which sizes are 1."""
