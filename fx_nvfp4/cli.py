@@ -19,6 +19,7 @@ from .benchmark.table import prompts_text, render_bench
 from .benchmark.ways import WAYS
 from .checkpoint import CheckpointError, load
 from .checkpoints.inspect import inspect_checkpoint
+from .checkpoints.shards import write_text
 from .dialects import DIALECTS
 from .explain import explain
 from .faithfulness import checkpoint_cases, measure, random_cases
@@ -128,9 +129,7 @@ def _tell(study: Study, save: Path | None) -> None:
     )
     if save is not None:
         # As a whole: what breaks the run off leaves the file before.
-        beside = save.with_name(f".{save.name}.new")
-        beside.write_text(json.dumps(study.to_dict(), indent=1) + "\n")
-        beside.replace(save)
+        write_text(save, json.dumps(study.to_dict(), indent=1) + "\n")
 
 
 def _name(model: Path) -> str:

@@ -27,7 +27,7 @@ from .sample import with_boundaries
 from .walk import Walk
 
 _PAIRS, _TOKENS = 4096, 1024  # slots, or tokens with one slot each, that one world looks at
-_MOST_TOKENS = 1 << 15  # of many tokens: a third of so many, so that three worlds see each
+_MOST_TOKENS = 1 << 15  # of a third of the tokens: three worlds see each where there are no more than thrice as many
 _MOST_SLOTS = 32  # the sum of small integers of so many slots is exact in bfloat16
 
 Down = Callable[[Unit, Coords], Tensor]
@@ -47,7 +47,7 @@ class Combine:
         pairs = torch.arange(c.tokens * c.slots)
         if len(pairs) > _PAIRS:  # a slot of each token, of every third where there are many
             token = torch.arange(generator.initial_seed() % 3, c.tokens, 3 if c.tokens > _TOKENS else 1)
-            token = token[torch.randperm(len(token), generator=generator)[: max(_PAIRS, _MOST_TOKENS)]]
+            token = token[torch.randperm(len(token), generator=generator)[:_MOST_TOKENS]]
             pairs = token * c.slots + torch.randint(0, c.slots, token.shape, generator=generator)
         pairs = torch.cat((pairs, torch.randint(0, c.tokens * c.slots, (c.features,), generator=generator)))
         feature = torch.randint(0, c.features, (len(pairs),), generator=generator)

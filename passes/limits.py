@@ -27,10 +27,11 @@ _COMPARING = {
     *(aten.bitwise_and, aten.bitwise_or, aten.bitwise_xor),
 }
 _SHIFTING = {aten.bitwise_right_shift, aten.bitwise_left_shift, aten.__rshift__, aten.__lshift__}  # by powers of two
+_DIVIDING = {aten.div.Tensor_mode, aten.div.Scalar_mode}
 # What a comparison may see its numbers through.
 _SCALED = {
     *(aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar),
-    *(aten.div.Tensor_mode, aten.div.Scalar_mode),
+    *_DIVIDING,
 }
 
 
@@ -52,12 +53,8 @@ def largest(nodes: Iterable[Node]) -> int:
 def _compares(node: Node) -> bool:
     """Whether an op tells numbers below some number from those above, in one step or in several."""
     packet = getattr(node.target, "overloadpacket", None)
-    rounds = packet is aten.div and arguments(node).rounding_mode is not None if _has_mode(node) else False
+    rounds = node.target in _DIVIDING and arguments(node).rounding_mode is not None
     return packet in _COMPARING or packet in _SHIFTING or rounds
-
-
-def _has_mode(node: Node) -> bool:
-    return node.target in (aten.div.Tensor_mode, aten.div.Scalar_mode)
 
 
 def _numbers(node: Node) -> Iterator[int]:
