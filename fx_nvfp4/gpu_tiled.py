@@ -70,14 +70,17 @@ def products(x: Tensor, ids: Tensor, weights: Tensor, block: Block, configs: Til
     if all(act.scale is acts[0].scale for act in acts):
         rows = _enter(x, acts[0], slots, entering, apart, permute)
         text, permute_h = block.activation.to_triton(), fused and permute
-        h = up_product(rows, gate, up, interleaved, routing, per_row, text, h_scale, permute_h, configs.up)
+        # What is not fused reads all rows of h, those of nobody too.
+        h = up_product(rows, gate, up, interleaved, routing, per_row, text, h_scale, permute_h, configs.up, fused)
     else:
         # Rounded apart: each by itself, and the activation as plain operations.
         itself, parts, fused = parse("u").to_triton(), [], False
         for act, operand in zip(acts, (gate, up), strict=True):
             assert operand is not None
             rows = _enter(x, act, slots, entering, apart, permute)
-            parts.append(up_product(rows, None, operand, False, routing, per_row, itself, None, False, configs.up))
+            parts.append(
+                up_product(rows, None, operand, False, routing, per_row, itself, None, False, configs.up, False)
+            )
         h = block.activation.evaluate(*parts).to(x.dtype)
     inner = Rows(h, permute, h_scale) if fused else _enter(h, down_act, slots.by_itself, None, True, permute)
     return down(inner, _operand(block.down), routing, configs.down)

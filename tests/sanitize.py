@@ -9,7 +9,7 @@
 It prints a table of kernels, shapes and errors, and exits with 1 if there is an error, a result that differs from the
 twin's, or a tool that did not come to its end. A run without a tool first leaves compiled kernels in Triton's cache, so
 that no time goes into them later. `--kernel NAME ...` runs some of the kernels, `--apart` each in a process of its
-own, where one takes the others with it.
+own, where one takes the others with it. `--jobs N` shares the cases out over N processes that run side by side.
 
 The cases are in tests/sanitizer_cases.py. Outputs are filled with NaN before a kernel writes them, except under
 initcheck, which would take that for an initialisation.
@@ -25,6 +25,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -36,11 +37,12 @@ if not torch.cuda.is_available():
 
     repair()
 
-from sanitizer_output import CASE, OUTCOME, RIGHT, Output, Ran, case_line, outcome_line, parse, rows
+from sanitizer_output import CASE, OUTCOME, RIGHT, Output, Ran, case_line, outcome_line, parse, rows, together
 
 from fx_nvfp4.report_table import table
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+NO_TOOL = "without a tool"
 OPTIONS = (
     # A kernel that has failed does not take the next ones with it, and its errors come before the next case.
     *("--destroy-on-device-error", "kernel", "--force-blocking-launches"),
@@ -59,13 +61,19 @@ HELP = "install the CUDA toolkit, or `pip install nvidia-cuda-sanitizer-api`, or
 # In the process that runs kernels
 
 
-def run_cases(device: str, kernels: list[str] | None, quick: bool, aloud: bool = False) -> Iterator[Ran]:
-    """Run cases one after the other; aloud: say on standard output which one is running, and what came of it."""
+def run_cases(
+    device: str, kernels: list[str] | None, quick: bool, aloud: bool = False, share: tuple[int, int] = (0, 1)
+) -> Iterator[Ran]:
+    """Run cases one after the other.
+
+    Args:
+        aloud: say on standard output which one is running, and what came of it.
+        share: (i, n) for every nth case, from the ith on.
+    """
     import sanitizer_cases
 
-    for case in sanitizer_cases.cases(quick):
-        if kernels and case.kernel not in kernels:
-            continue
+    chosen = [case for case in sanitizer_cases.cases(quick) if not kernels or case.kernel in kernels]
+    for case in chosen[share[0] :: share[1]]:
         if aloud:
             print(case_line(case.kernel, case.shape), flush=True)
         try:
@@ -86,12 +94,13 @@ def poison_outputs() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = True
 
 
-def plain(args: argparse.Namespace) -> int:
+def in_this_process(args: argparse.Namespace) -> int:
+    """The exit status."""
     if args.under != "initcheck":
         poison_outputs()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     start = time.monotonic()
-    found = Output(list(run_cases(device, args.kernel, args.quick, aloud=bool(args.under))), total=0)
+    found = Output(list(run_cases(device, args.kernel, args.quick, bool(args.under), args.share)), total=0)
     if args.under:
         return 0  # whoever started this has read the lines
     return report(found, f"{device}, without a tool, {time.monotonic() - start:.0f} s")
@@ -120,13 +129,15 @@ def _usual_places() -> Iterator[Path]:
         yield from Path(folder).glob("nvidia/cu*/bin/compute-sanitizer")
 
 
-def under(tool: str, kernels: list[str] | None, quick: bool) -> Output:
-    """Run this file under a tool, in one process; its lines are passed on as they come."""
-    itself = [sys.executable, str(Path(__file__)), "--under", tool, *(["--quick"] if quick else [])]
-    command = [*find_sanitizer(), "--tool", tool, *OPTIONS, *OPTIONS_OF_TOOL.get(tool, ()), *itself]
-    command += ["--kernel", *kernels] if kernels else []
-    # Every tensor an allocation of its own: within PyTorch's large ones the tools see no borders.
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+def under(tool: str, kernels: list[str] | None, args: argparse.Namespace, share: tuple[int, int]) -> Output:
+    """Run this file under a tool, or under none, in one process; its lines are passed on as they come."""
+    command = [sys.executable, str(Path(__file__)), "--under", tool, "--share", *map(str, share)]
+    command += ["--quick"] * args.quick + (["--kernel", *kernels] if kernels else [])
+    environment = dict(os.environ)
+    if tool != NO_TOOL:
+        command = [*find_sanitizer(), "--tool", tool, *OPTIONS, *OPTIONS_OF_TOOL.get(tool, ()), *command]
+        # Every tensor an allocation of its own: within PyTorch's large ones the tools see no borders.
+        environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     started = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     )
@@ -137,19 +148,24 @@ def under(tool: str, kernels: list[str] | None, quick: bool) -> Output:
             lines.append(line)
             if not line.startswith((CASE, OUTCOME + RIGHT)):
                 print(line, end="", flush=True)
-    return parse(lines)
+    found = parse(lines)
+    if tool == NO_TOOL:
+        found.total = 0 if started.returncode == 0 else None
+    return found
 
 
-def sanitize(args: argparse.Namespace) -> int:
+def in_processes(args: argparse.Namespace) -> int:
     """The exit status."""
     import sanitizer_cases
 
     groups = [[k] for k in args.kernel or [*sanitizer_cases.CANONICAL, *sanitizer_cases.TILED]]
     status = 0
-    for tool in args.tool:
+    for tool in args.tool or [NO_TOOL]:
         start = time.monotonic()
         for group in groups if args.apart else [args.kernel]:
-            found = under(tool, group, args.quick)
+            with ThreadPoolExecutor(args.jobs) as pool:
+                shares = [(i, args.jobs) for i in range(args.jobs)]
+                found = together(pool.map(lambda share: under(tool, group, args, share), shares))  # noqa: B023
             status |= report(found, f"{tool}, {time.monotonic() - start:.0f} s")
     return status
 
@@ -163,7 +179,7 @@ def report(found: Output, how: str) -> int:
     for line in (*found.trouble, *map(str, found.outside)):
         print(line)
     if found.total is None:
-        print("compute-sanitizer printed no summary: it did not work, or ended before the program")
+        print("no summary was printed: compute-sanitizer did not work, or a process ended before its time")
     wrong = sum(c.wrong for c in found.cases)
     errors = "an unknown number of" if found.total is None else found.total
     print(f"{len(found.cases)} cases, {wrong} of them wrong or with errors, {errors} errors in all ({how})")
@@ -176,9 +192,11 @@ def main() -> int:
     parser.add_argument("--kernel", nargs="+", help="run these alone, by their names in the table")
     parser.add_argument("--quick", action="store_true", help="fewer dtypes and configurations")
     parser.add_argument("--apart", action="store_true", help="with --tool: a process for each kernel")
-    parser.add_argument("--under", choices=TOOLS, help=argparse.SUPPRESS)
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes side by side, each with its share")
+    parser.add_argument("--under", choices=(*TOOLS, NO_TOOL), help=argparse.SUPPRESS)
+    parser.add_argument("--share", type=int, nargs=2, default=(0, 1), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    return sanitize(args) if args.tool else plain(args)
+    return in_processes(args) if args.tool or args.jobs > 1 else in_this_process(args)
 
 
 if __name__ == "__main__":

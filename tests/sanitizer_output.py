@@ -143,6 +143,17 @@ def _read_remark(output: Output, text: str) -> bool:
     return False
 
 
+def together(outputs: Iterable[Output]) -> Output:
+    """Of several runs one; what it counts is unknown where one of them has not counted."""
+    whole = Output(total=0)
+    for output in outputs:
+        whole.cases += output.cases
+        whole.outside += output.outside
+        whole.trouble += output.trouble
+        whole.total = None if None in (whole.total, output.total) else whole.total + output.total
+    return whole
+
+
 def rows(output: Output) -> Iterator[tuple[str, str, str, str]]:
     """kernel, shape, result, errors, the header first."""
     yield "kernel", "shape", "result", "errors"

@@ -174,6 +174,20 @@ def test_recorded_passes_give_the_tokens_of_plain_ones(prompts):
     assert len(model.forward._graphs) == 1 + prompts
 
 
+def test_the_first_pass_of_a_kind_takes_the_way_that_a_recorded_one_takes(monkeypatch):
+    """transformers makes a mask of a prompt only while a graph is recorded, and that pass then compiled."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    heard = []
+
+    def forward(input_ids):
+        heard.append(torch.cuda.is_current_stream_capturing())
+
+    recorded = Recorded(forward, prompts=True)
+    recorded(input_ids=prompt())
+    recorded(prompt())  # never recorded
+    assert heard == [True, False]
+
+
 def test_prompts_are_not_recorded():
     calls = []
 

@@ -13,7 +13,7 @@ import pytest
 import sanitize
 import sanitizer_cases
 import torch
-from sanitizer_output import parse, rows
+from sanitizer_output import parse, rows, together
 
 from fx_nvfp4.kernels import dequantize as dequantize_kernels
 
@@ -108,6 +108,21 @@ def test_a_tool_that_has_seen_nothing_is_no_clean_run():
     assert len(found.trouble) == 2
 
 
+def test_of_several_runs_one_that_has_seen_nothing_is_no_clean_run():
+    both = together([sample("clean"), sample("no_cuda")])
+    assert (both.total, both.clean, len(both.cases)) == (None, False, 2)
+    assert together([sample("no_cuda"), sample("clean")]).total is None
+    assert together([sample("memcheck"), sample("racecheck")]).total == 8
+    assert together([sample("clean"), sample("clean")]).clean
+
+
+def test_shares_are_all_cases_and_none_twice():
+    whole = [c.shape for c in sanitize.run_cases("cpu", ["routing"], quick=True)]
+    parts = [[c.shape for c in sanitize.run_cases("cpu", ["routing"], True, share=(i, 3))] for i in range(3)]
+    assert sorted(shape for part in parts for shape in part) == sorted(whole)
+    assert len(set(whole)) == len(whole) > 3
+
+
 def test_a_program_that_ends_early_is_no_clean_run():
     text = (SAMPLES / "clean.txt").read_text().splitlines()
     del text[4]  # what came of the second case
@@ -139,13 +154,15 @@ print(f"========= ERROR SUMMARY: {{errors}} error{{'s' * (errors != 1)}}")
 
 
 @pytest.mark.in_part(2)
+@pytest.mark.parametrize("jobs", ["1", "3"])
 @pytest.mark.parametrize("at", ["33 x 48", "nothing"])
-def test_the_whole_way(at, tmp_path):
+def test_the_whole_way(at, jobs, tmp_path):
     tool = tmp_path / "compute-sanitizer"
     tool.write_text(TOOL)
     tool.chmod(0o755)
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "AT": at}
     command = [sys.executable, sanitize.__file__, "--tool", "memcheck", "--quick", "--kernel", "dequantize"]
+    command += ["--jobs", jobs]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     clean = at == "nothing"
     assert done.returncode == (0 if clean else 1), done.stderr[-2000:]

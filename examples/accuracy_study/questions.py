@@ -51,14 +51,14 @@ def make_questions(text: Text, count: int, size: int, seed: int) -> Questions:
 
 def _wrong_answers(file: Tensor, place: int, draw: random.Random) -> list[Tensor] | None:
     """Three different answers from elsewhere in the file; None if there are none."""
-    same = torch.ones(len(file) - ANSWER, dtype=torch.bool)
-    same[: place + ANSWER].logical_and_(torch.arange(place + ANSWER) <= place - ANSWER)  # not overlapping the right one
+    places = torch.arange(len(file) - ANSWER)
+    same = (places <= place - ANSWER) | (places >= place + ANSWER)  # not overlapping the right one
     for back in range(1, _SAME + 1):
         same[back:] &= file[: len(same) - back] == file[place - back]
         same[:back] = False
-    places = same.nonzero().flatten().tolist()
+    others = same.nonzero().flatten().tolist()
     found = {bytes(file[place : place + ANSWER].tolist()): file[:0]}
-    for other in draw.sample(places, len(places)):
+    for other in draw.sample(others, len(others)):
         answer = file[other : other + ANSWER]
         found.setdefault(bytes(answer.tolist()), answer)
         if len(found) == CHOICES:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +33,8 @@ class Recorded:
         alike = str(form), *(_kind(leaf) for leaf in leaves)
         if alike not in self._seen:
             self._seen.add(alike)
-            return self._forward(**kwargs)
+            with _as_if_recorded():
+                return self._forward(**kwargs)
         if alike not in self._graphs:
             self._graphs[alike] = self._record(leaves, form)
         return self._graphs[alike].replay(leaves)
@@ -44,6 +46,21 @@ class Recorded:
         with torch.cuda.graph(graph):
             result = self._forward(**tree_unflatten(kept, form))
         return _Graph(graph, kept, result)
+
+
+@contextlib.contextmanager
+def _as_if_recorded() -> Iterator[None]:
+    """Code that asks hears that a graph is recorded, so that what compiles now is what the recording runs.
+
+    transformers looks into a mask for padding, and leaves out one that has none, unless a graph is recorded; a
+    layer with a mask then has to be compiled, and that cannot be while recording.
+    """
+    asked = torch.cuda.is_current_stream_capturing
+    torch.cuda.is_current_stream_capturing = lambda: True
+    try:
+        yield
+    finally:
+        torch.cuda.is_current_stream_capturing = asked
 
 
 @dataclass(frozen=True)

@@ -222,8 +222,9 @@ def up(
     h_scale: Tensor | None,
     permuted: bool,
     config: TileConfig,
+    everyone: bool = True,
 ) -> Tensor:
-    """activation(gate, up) of every slot -> [slots, N] in x's dtype; slots of nobody are not written.
+    """activation(gate, up) of every slot -> [slots, N] in x's dtype.
 
     The table must have been written before the kernel that was launched last: this one reads it before that has ended.
 
@@ -233,6 +234,7 @@ def up(
         gate: None where there is none; with the words of `weight` where rows of gate and up take turns (interleaved).
         h_scale: float64 activation scale, [] or [E]: h is rounded to NVFP4, code * block_scale.
         permuted: whether to permute h.
+        everyone: every slot has an expert, or what the others get is not read; else they get zeros.
     """
     x, rows_of_output = rows.x, 2 if interleaved else 1
     weight.check(x, rows_of_output)
@@ -240,7 +242,7 @@ def up(
         gate.check(x, rows_of_output)
         require(gate.strides() == weight.strides(), "gate", gate.strides(), f"the strides of up, {weight.strides()}")
         require((gate.bias is None) == (weight.bias is None), "gate", gate.bias, "a bias if up has one")
-    out = x.new_empty(routing.slots, weight.n)
+    out = x.new_empty(routing.slots, weight.n) if everyone else x.new_zeros(routing.slots, weight.n)
     if out.numel() == 0:
         return out
     outputs = config.rows if gate is None else config.rows // 2

@@ -33,7 +33,7 @@ class Exchange:
         self.ends = [share(experts, rank, ranks).stop for rank in range(ranks)]
         self.first = share(experts, group.rank(), ranks).start
 
-    # How many rows travel is read back to the host, which ends a graph; what `run` does is compiled again.
+    # How many rows travel is read back to the host, which ends a graph; what is called from here is compiled again.
     @torch.compiler.disable(recursive=False)
     def __call__(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
         """x [T, K], ids and weights [T, A] of this rank's tokens -> [T, H]."""
@@ -50,6 +50,9 @@ class Exchange:
         y = all_to_all_single_autograd(y.contiguous(), sent, received, self.group)
         return self._combine(y, order, ids, weights)
 
+    # Not compiled: it waits for the host, and Triton 3.6 fails at searchsorted in no ids at all. A rank that raises
+    # leaves the others waiting.
+    @torch.compiler.disable
     def _plan(self, ids: Tensor) -> tuple[Tensor, Tensor, list[int], list[int]]:
         """(ids of slots, slots of this rank by their expert, how many go to each rank, how many come from each)."""
         slots = ids.reshape(-1)
