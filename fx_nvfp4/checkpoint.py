@@ -21,6 +21,7 @@ from .checkpoints.scheme import Scheme, read_scheme
 from .dialects import get_dialect
 from .parallel.shard import Shards
 from .prepack_model import tile_all
+from .state_dict import keep_state_dicts_canonical
 from .tensor import NVFP4Weight
 
 if TYPE_CHECKING:
@@ -96,6 +97,7 @@ def load(
         logger.info("%s", tile_all(weights.items()))
     skeleton.initialize_buffers(model, target)
     _install(model, weights, plan)
+    keep_state_dicts_canonical(model)
     if shards is not None:
         shards.install()
     if generation_config is not None:

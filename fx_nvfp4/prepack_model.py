@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from .layouts import is_tiled
+from .state_dict import keep_state_dicts_canonical
 from .tensor import NVFP4Weight
 from .tiling import SharedMemoryError, check_tileable, is_out_of_memory, untile_
 
@@ -39,12 +40,14 @@ def prepack(model: nn.Module) -> Prepacking:
     """Put every packed weight of a model into tiles, in place, see :meth:`fx_nvfp4.NVFP4Weight.tile_`.
 
     A model on a GPU gets there by itself, by :func:`fx_nvfp4.load` or when it is compiled first; this is for whoever
-    wants it earlier, or knows of other devices that gain. Calling it again changes nothing.
+    wants it earlier, or knows of other devices that gain. Calling it again changes nothing. ``model.state_dict()``
+    still gives the canonical layout, of which it makes copies then; :func:`fx_nvfp4.save` makes one at a time.
 
     Returns:
         What was converted, and what was left and why.
     """
     done = tile_all(_packed_tensors(model))
+    keep_state_dicts_canonical(model)
     log.info("%s", done)
     return done
 

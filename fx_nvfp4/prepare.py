@@ -13,6 +13,7 @@ from .preparation.convert import convert_torchao
 from .preparation.fuse import Memo, fuse
 from .preparation.record import LeftAlone, Preparation, Unsuited
 from .report import NVFP4Warning
+from .state_dict import keep_state_dicts_canonical
 from .tensor import NVFP4Weight
 
 log = logging.getLogger("fx_nvfp4")
@@ -50,6 +51,7 @@ def prepare(model: nn.Module) -> nn.Module:
             record.fused.append(fuse(model, check_list(path, container, owners), memo))
         except Unsuited as unsuited:
             record.left_alone.append(LeftAlone(path, unsuited.reason, unsuited.advice))
+    keep_state_dicts_canonical(model)
     model.nvfp4_preparation = record  # type: ignore[assignment]
     log.info("%s", record)
     if record.left_alone:

@@ -11,18 +11,21 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from .layouts import is_tiled
 from .lowering import compat
 from .prepack_model import tile_all
 from .report import module_path
+from .state_dict import keep_state_dict_canonical
 from .tensor import NVFP4Weight
 
 Inputs = dict[fx.Node, tuple[str, Any]]  # placeholder -> its name as Dynamo has it, and its value
 # Codes of a packed weight that is a parameter or buffer. A module's own tensors may be called so, and are not touched:
 # the module may read them as they were, and stores them.
 _CODES_OF_A_WEIGHT = re.compile(r"_(parameters|buffers)\[[^\[\]]+\]\.qdata")
+# The end of a source's name, behind that of the module.
+_HELD = re.compile(r"\._(parameters|buffers)\[[^\[\]]+\](\.qdata)?$")
 _MOE = (torch.ops.fx_nvfp4.moe, torch.ops.fx_nvfp4.moe.default)  # Dynamo keeps the call as the model writes it
 
 
@@ -49,8 +52,26 @@ def tile_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any], everywhere: b
     weights = [*owned.values(), *_given_to_blocks(gm.graph, owned)]
     done = tile_all((module_path(name), w) for name, w in weights if _is_whole(w) and (everywhere or _gains(w)))
     if done.converted:
+        _keep_state_dicts(owned)
         compat.trace_again("packed weights were permuted into tiles")
     return [f"not in tiles: {reason}" for reason in dict.fromkeys(done.left.values())]
+
+
+def _keep_state_dicts(owned: Inputs) -> None:
+    """What modules store stays as it was, though the weights that they hold were permuted."""
+    variables = compat.frame_variables()
+    for name, _ in owned.values():
+        module = _evaluated(_HELD.sub("", name), variables) if _HELD.search(name) else None
+        if isinstance(module, nn.Module):
+            keep_state_dict_canonical(module)
+
+
+def _evaluated(name: str, variables: dict[str, Any]) -> Any:
+    """What a source's name stands for, as guards look it up; None where that takes more than the frame's variables."""
+    try:
+        return eval(name, {}, variables)
+    except Exception:  # a version of Dynamo that means it otherwise
+        return None
 
 
 def _given_to_blocks(graph: fx.Graph, owned: Inputs) -> Iterator[tuple[str, NVFP4Weight]]:

@@ -36,8 +36,9 @@ ALLOWED = {
     "tensor": {"format", "dialects", "layouts", "ops", "pickled", "tiling", "torchao_interop"},
     "torchao_interop": {"format", "tensor"},
     "tiling": {"layouts", "lowering", "prepack", "tensor"},
-    "prepack_model": {"layouts", "tensor", "tiling"},
-    "tile_inputs": {"layouts", "lowering", "prepack_model", "report", "tensor"},
+    "state_dict": {"layouts", "tensor"},
+    "prepack_model": {"layouts", "state_dict", "tensor", "tiling"},
+    "tile_inputs": {"layouts", "lowering", "prepack_model", "report", "state_dict", "tensor"},
     "parts": {"layouts", "prepack", "tensor"},
     "regroup": {"layouts", "parts", "prepack", "tensor"},
     "views": {"format", "layouts", "parts", "prepack", "regroup", "tensor"},
@@ -49,7 +50,7 @@ ALLOWED = {
     "parameters": set(),
     "preparation": {"preparation", "fused", "layouts", "parameters", "passes", "report", "tensor", "torchao_interop"},
     "parallel": {"checkpoints", "format", "fused", "parallel", "tensor"},
-    "prepare": {"checkpoints", "preparation", "report", "tensor"},
+    "prepare": {"checkpoints", "preparation", "report", "state_dict", "tensor"},
     "quantization": {"quantization", "checkpoints", "dialects", "format", "ops", "reference", "tensor"},
     "quantize": {"quantization", "report", "tensor"},
     "calibrate": {"dialects", "ops", "parameters", "preparation", "quantization", "report", "tensor"},
@@ -89,7 +90,7 @@ ALLOWED = {
         *("backend", "graph_breaks", "lowering", "preparation", "report", "tensor", "torchao_interop"),
     },
     "checkpoints": {"checkpoints", "format", "dialects", "tensor", "dispatch", "torchao_interop"},
-    "checkpoint": {"checkpoints", "dialects", "parallel", "prepack_model", "tensor"},
+    "checkpoint": {"checkpoints", "dialects", "parallel", "prepack_model", "state_dict", "tensor"},
 }
 
 

@@ -195,8 +195,8 @@ def original_form(model: Any, state: Mapping[str, torch.Tensor]) -> dict[str, to
 
 
 def without_tied(model: Any) -> dict[str, torch.Tensor]:
-    """A model's state dict, with one name for each tensor that is tied, the one that checkpoints hold."""
-    state = model.state_dict()
+    """A model's state dict, without copies; each tensor that is tied has one name, the one that checkpoints hold."""
+    state = {name: getattr(value, "data", value) for name, value in model.state_dict(keep_vars=True).items()}
     tied = {target for target, source in model.all_tied_weights_keys.items() if source in state}
     return {name: tensor for name, tensor in state.items() if name not in tied}
 

@@ -33,7 +33,7 @@ def stored_tensors(model: Any, convention: Convention) -> Iterator[dict[str, Ten
     """
     state = skeleton.without_tied(model)
     dense = {n: torch.empty(t.shape, device="meta") if isinstance(t, NVFP4Weight) else t for n, t in state.items()}
-    names = Names(skeleton.renaming(model), model.state_dict().keys(), model.base_model_prefix)
+    names = Names(skeleton.renaming(model), model.state_dict(keep_vars=True).keys(), model.base_model_prefix)
     split = convention is COMPRESSED_TENSORS
     moved: list[str] = []
     for name, tensor in skeleton.original_form(model, dense).items():
@@ -130,7 +130,7 @@ def _warn_of_moved(names: list[str]) -> None:
 def dense_modules(model: Any, convention: Convention) -> list[str]:
     """Modules, as a checkpoint names them, whose 2-D weights stay dense; embeddings count for ModelOpt alone."""
     plain = {name: t for name, t in skeleton.without_tied(model).items() if not isinstance(t, NVFP4Weight)}
-    names = Names(skeleton.renaming(model), model.state_dict().keys(), model.base_model_prefix)
+    names = Names(skeleton.renaming(model), model.state_dict(keep_vars=True).keys(), model.base_model_prefix)
     found = []
     for name, tensor in skeleton.original_form(model, plain).items():
         place = names.place(name)

@@ -223,6 +223,14 @@ def _is_owned(node: fx.Node) -> bool:
     return in_module or not getattr(root, "is_input", False)
 
 
+def frame_variables() -> dict[str, Any]:
+    """What names in :func:`input_sources` begin with, of the frame that Dynamo traces: its locals L, its globals G."""
+    from torch._dynamo.symbolic_convert import tls
+
+    output = getattr(getattr(tls, "current_tx", None), "output", None)
+    return {"L": getattr(output, "local_scope", {}), "G": getattr(output, "global_scope", {})}
+
+
 def can_trace_again() -> bool:
     """Whether a backend is called by Dynamo while it traces, so that :func:`trace_again` leads back there."""
     from torch._dynamo.symbolic_convert import tls
