@@ -9,6 +9,7 @@ from .calibrate import calibrate
 from .checkpoint import CheckpointError, load
 from .explain import explain
 from .layers import compile_layers
+from .parallel.experts import sharded_parameters
 from .parallel.linears import shard_linears
 from .parallel.shard import shard_experts
 from .prepack_model import prepack
@@ -46,4 +47,5 @@ __all__ = [
     "save_file",
     "shard_experts",
     "shard_linears",
+    "sharded_parameters",
 ]

@@ -309,7 +309,21 @@ def _notes(example_inputs: Sequence[Any]) -> list[str]:
         f"{count} torchao weights hold their scales in 128 x 4 tiles, which are laid out linearly at each call; "
         "fx_nvfp4.prepare(model) does it once"
     )
-    return [note] if count else []
+    return [note] * bool(count) + [_NATIVE] * _multiplies_natively(example_inputs)
+
+
+_NATIVE = (
+    "this GPU multiplies NVFP4 itself, in kernels of torchao, vLLM and others, which are faster; here it is emulated "
+    "all the same"
+)
+
+
+def _multiplies_natively(example_inputs: Sequence[Any]) -> bool:
+    """Whether packed weights lie on a GPU of compute capability 10 (Blackwell) or above."""
+    if torch.version.hip is not None:
+        return False
+    devices = {t.device for t in example_inputs if isinstance(t, Tensor) and t.is_cuda and _is_packed_tensor(t)}
+    return any(torch.cuda.get_device_capability(device)[0] >= 10 for device in devices)
 
 
 def _report_key(gm: fx.GraphModule, example_inputs: Sequence[Any], graph_pass: EmulationPass) -> str:

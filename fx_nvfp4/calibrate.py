@@ -18,7 +18,9 @@ from .preparation.candidates import find_lists
 from .quantization.observe import Observer
 from .quantization.record import shorten
 from .report import NVFP4Warning
-from .tensor import NVFP4Weight
+from .tensor import PART_OF_K, NVFP4Weight
+
+_CALIBRATED = ("static", UNCALIBRATED)  # modes of weights that get a scale
 
 log = logging.getLogger("fx_nvfp4")
 
@@ -70,13 +72,15 @@ def calibrate(model: nn.Module) -> Iterator[Calibration]:
         A :class:`Calibration`; it stays as ``model.nvfp4_calibration``.
 
     Raises:
-        ValueError: the model has no such weight, none was reached, or a value that entered one is not finite. Then,
+        ValueError: the model has no such weight, or a part of its K alone on this rank, none was reached, or a value
+            that entered one is not finite. Then,
             and where the block raises, the weights are as before.
     """
+    _check_whole(model)
     observer, before, watched = Observer(), {}, {}
 
     def watch(name: str, weight: Tensor) -> Tensor | None:
-        if not isinstance(weight, NVFP4Weight) or weight.activations not in ("static", UNCALIBRATED):
+        if not isinstance(weight, NVFP4Weight) or weight.activations not in _CALIBRATED:
             return None
         before[name], watched[name] = weight, observer.slots(weight)
         return watched[name]
@@ -97,6 +101,20 @@ def calibrate(model: nn.Module) -> Iterator[Calibration]:
     model.nvfp4_calibration = calibration  # type: ignore[assignment]
     log.info("%s", calibration)
     _warn(calibration)
+
+
+def _check_whole(model: nn.Module) -> None:
+    """Each rank would find the scale of the part of K that it holds, and no two the same."""
+    parts = [
+        name
+        for name, p in model.named_parameters()
+        if getattr(p, PART_OF_K, False) and isinstance(p.data, NVFP4Weight) and p.data.activations in _CALIBRATED
+    ]
+    if parts:
+        raise ValueError(
+            f"calibrate: this rank holds a part of K of {shorten(parts)}, and would not see all that enters it: "
+            "calibrate the whole model, then shard it"
+        )
 
 
 @torch.inference_mode(False)

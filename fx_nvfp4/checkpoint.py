@@ -72,7 +72,8 @@ def load(
     Raises:
         CheckpointError: the checkpoint is no NVFP4 checkpoint, or is incomplete or damaged. Everything but the
             contents of block scales and plain weights is checked before memory is allocated.
-        ValueError: an unknown dialect, dtype or value of activations; experts that cannot be shared among the ranks.
+        ValueError: an unknown dialect, dtype or value of activations; a device that is not there; experts that cannot
+            be shared among the ranks.
         ImportError: transformers is not installed.
     """
     if dtype is not None and dtype not in _DTYPES:
@@ -81,6 +82,7 @@ def load(
         raise ValueError(f"load: activations must be one of {_ACTIVATIONS}, got {activations!r}")
     if dialect != "producer":
         get_dialect(dialect)
+    target = _device(device)
     opened = _open(path, dtype, activations)
     plan, model = opened.plan, opened.model
     shards = None if mesh is None else Shards(model, mesh, tokens, plan.packed)
@@ -88,7 +90,6 @@ def load(
         plan = keep_experts(plan, shards.kept)
     generation_config = skeleton.read_generation_config(model, opened.folder)
 
-    target = torch.device("cpu" if device is None else device)
     rule = opened.scheme.convention.dialect if dialect == "producer" else dialect
     weights = Assembler(opened.reader, target, model.config.dtype, rule, progress).tensors(plan)
     if prepack is None:
@@ -103,6 +104,17 @@ def load(
     if generation_config is not None:
         model.generation_config = generation_config
     return model
+
+
+def _device(device: torch.device | str | int | None) -> torch.device:
+    """Where weights go; raise ValueError for what is none here, before anything is read."""
+    try:
+        target = torch.device("cpu" if device is None else device)
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f'load: device {device!r}: {reason}; "cpu" and, with a GPU, "cuda" are there') from None
+    return target
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ def run_bench(args: argparse.Namespace) -> int:
             args.by_layer, args.record,
         )  # fmt: skip
         if args.record and device.type != "cuda":
-            raise UsageError("bench: --record needs a CUDA device")
+            raise ValueError("--record needs a CUDA device")
         with opened(args.model) as folder:
             study = bench(folder, settings, device, _name(args.model), lambda study: _tell(study, args.save))
     except (ValueError, OSError) as error:

@@ -2,7 +2,7 @@
 
 The harness finds models by a registry in its own process, which its command cannot be told to fill from outside. So
 ``python -m fx_nvfp4 lm-eval`` takes the arguments of ``lm_eval`` and registers first. Importing this module does it for
-scripts that call ``lm_eval.simple_evaluate(model="fx_nvfp4", ...)``. ``pip install lm-eval``.
+scripts that call ``lm_eval.simple_evaluate(model="fx_nvfp4", ...)``. ``pip install "fx_nvfp4[lm-eval]"``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ try:
     from lm_eval.api.registry import register_model
     from lm_eval.models.huggingface import HFLM
 except ImportError as error:
-    raise ImportError(f"lm-eval: pip install lm-eval ({error})") from error
+    raise ImportError(
+        f'lm-eval: pip install "fx_nvfp4[lm-eval]", or -e ".[lm-eval]" in a checkout ({error})'
+    ) from error
 
 
 @register_model("fx_nvfp4")

@@ -63,11 +63,19 @@ class Activations:
         return code_times_scale(*quantize(x, row_scale, self.dialect), x.dtype), scale.float()
 
     def scale_of_groups(self, x: Tensor, group: Tensor | None, groups: int) -> Tensor:
-        """The float64 scale, [] or [groups]; a dynamic one is that of everything, or of each group's rows."""
+        """The float64 scale, [] or [groups]; a dynamic one is that of all finite values, or of each group's.
+
+        NaN does not count for a maximum in hardware. Nor does infinity here: it would leave a scale that makes all else
+        zero, and it becomes the largest code of its block either way.
+        """
         if self.mode == "static":
             assert self.scale is not None
             return self.scale
-        rows = x.abs().amax(dim=-1).double() if x.numel() else x.new_zeros(x.shape[:-1], dtype=torch.float64)
+        rows = (
+            x.abs().nan_to_num(0.0, 0.0).amax(dim=-1).double()
+            if x.numel()
+            else x.new_zeros(x.shape[:-1], dtype=torch.float64)
+        )
         if group is None:
             amax = rows.amax() if rows.numel() else rows.new_zeros(())
         else:

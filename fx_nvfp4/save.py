@@ -50,7 +50,8 @@ def save(model: Any, path: str | Path, producer: str = "modelopt", *, shard_size
         raise ValueError("save: prepare() changed the names of experts, which no loader knows: save, then prepare")
     if is_sharded(model):
         raise ValueError(
-            "save: this rank holds a part of the experts alone: save the model that was sharded, on one rank"
+            "save: this rank holds a part of the model alone, of experts or linear layers: save the model before it is "
+            "sharded, on one rank"
         )
     convention, activations = _CONVENTIONS[producer], _activations(model)
     described = _description(model, convention, activations)  # before anything is written: it may fail

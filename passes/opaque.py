@@ -6,6 +6,7 @@ vectors vouch for the bits.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,9 +16,11 @@ from torch.fx import Node
 from fx_nvfp4.format import BLOCK
 
 from .activation_proof import Cut, Rule
-from .activations import Spelled, results_of
+from .activations import MOVES, Spelled, results_of
 from .found import Refused
 from .nodes import arguments, is_tensor
+
+aten = torch.ops.aten
 
 MODELOPT = "tensorrt::dynamic_block_quantize_op"  # how ModelOpt registers its blockwise fake quantisation
 # What returns, or fills, codes and block scales; the graph dequantises them: vLLM's, torchao's, compressed-tensors'.
@@ -30,6 +33,15 @@ _PACKERS = {
 # Triton kernels that quantise to NVFP4 and back, and stay as they are: ModelOpt's.
 _KERNELS = {"triton::fp4_fake_quant_kernel", "triton::fp4_fake_quant_kernel_blockptr"}
 _OURS = "fx_nvfp4::fake_quantize"  # called by the model itself, or put there for another product of the same rows
+# What gives elements of its inputs, and constants, in another place.
+_REARRANGES = {
+    *(aten.select.int, aten.unbind.int, aten.split.Tensor, aten.split_with_sizes.default, operator.getitem),
+    *(aten.cat.default, aten.stack.default, aten.repeat.default, aten.flip.default, aten.roll.default),
+    *(aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.where.self, aten.constant_pad_nd.default),
+    *(aten.gather.default, aten.index_put.default, aten.index_copy.default, aten.scatter.src),
+    *(aten.slice_scatter.default, aten.select_scatter.default, torch.ops.prims.rev.default),
+}
+_MOST_NODES = 512
 _ADVICE = "spell the quantiser in PyTorch, or leave it to the packed tensor's activation scale"
 
 
@@ -56,7 +68,31 @@ def opaque_quantiser(operand: Node) -> Spelled | Kept | Literal["ours"] | None:
         if name in _KERNELS:
             return Kept(name)
         raise Refused(f"activations are quantised by the opaque op {name}, which is not known", _ADVICE)
+    if (name := _behind_rearrangement(operand)) is not None:
+        raise Refused(
+            f"activations are quantised by {name} and then chosen, joined or masked by ops that are not followed",
+            _ADVICE,
+        )
     return None
+
+
+def _behind_rearrangement(operand: Node) -> str | None:
+    """A quantiser of rows that are rearranged, some of them perhaps among others, to become the operand."""
+    seen, left = {operand}, [operand]
+    while left and len(seen) < _MOST_NODES:
+        node = left.pop()
+        if (name := _name(node)) is not None:
+            return name
+        masks = node.target is aten.mul.Tensor and any(map(_is_mask, node.all_input_nodes))
+        if masks or node.target in _REARRANGES or node.target in MOVES:
+            new = [n for n in node.all_input_nodes if n not in seen]
+            seen.update(new)
+            left += new
+    return None
+
+
+def _is_mask(operand: Node) -> bool:
+    return any(is_tensor(n) and n.meta["val"].dtype == torch.bool for _, n in results_of(operand))
 
 
 def packer_of(codes: Node) -> str:

@@ -44,12 +44,16 @@ class Settings:
 
 def apply_activations(op: Node, wanted: str) -> str:
     """Set how an op quantises activations that the model does not; returns what decided it."""
-    mode = mode_of(op)
     if wanted == "none" and _quantises(op):
         _set_all(op, "none")
         return "option"
-    if wanted == "nvfp4" and mode == "none":
+    if wanted == "nvfp4" and mode_of(op) == "none":
         _set_all(op, "dynamic")
+        return "option"
+    if wanted == "nvfp4" and getattr(arguments(op), "down_activations", "") == "none":
+        given = arguments(op)
+        given.down_activations, given.down_act_scale = "dynamic", None
+        put_arguments(op, given)
         return "option"
     return "tensor" if _quantises(op) else ""
 

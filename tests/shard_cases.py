@@ -202,8 +202,7 @@ def fully_sharded(rank, ranks, device):
     model = Adapted().to(device)
     want = copy.deepcopy(model)
     fx_nvfp4.shard_experts(model, mesh, tokens="own")
-    packed = {p for p in model.parameters() if isinstance(p, NVFP4Weight)}
-    fully_shard(model, mesh=mesh, ignored_params=packed)
+    fully_shard(model, mesh=mesh, ignored_params=fx_nvfp4.sharded_parameters(model))
     batches = [routing("chance", 5, seed=r, device=device) for r in range(ranks)]
     model(*batches[rank]).square().sum().backward()
     sum(want(*batch).square().sum() for batch in batches).div(ranks).backward()
@@ -215,7 +214,7 @@ def fully_sharded(rank, ranks, device):
 class Adapted(nn.Module):
     def __init__(self):
         super().__init__()
-        self.experts = fused(bias=False)
+        self.experts = fused()
         self.a = nn.Parameter(torch.randn(H, H, generator=torch.Generator().manual_seed(1)) * 0.1)
 
     def forward(self, x, ids, weights):

@@ -443,6 +443,45 @@ def test_nvfp4_option_does_not_round_what_the_model_rounds():
         torch.testing.assert_close(y, model(x), rtol=1e-5, atol=1e-4)
 
 
+AFTERWARDS = {
+    "select": lambda y: y[-1],
+    "mask": lambda y: y * (torch.arange(len(y)) < 3)[:, None],
+    "masked_fill": lambda y: y.masked_fill((torch.arange(len(y)) < 3)[:, None], 0.0),
+    "cat": lambda y: torch.cat([y, torch.ones_like(y)]),
+    "pad": lambda y: torch.nn.functional.pad(y, (0, 0, 0, 2)),
+    "flip": lambda y: y.flip(0),
+    "chunk": lambda y: y.chunk(2)[1],
+}
+
+
+class TwoProducts(nn.Module):
+    """Rows rounded once for both products, by a scale for each, and rearranged before the second."""
+
+    def __init__(self, carried, change):
+        super().__init__()
+        scale = torch.tensor(0.01, dtype=torch.float64) if carried == "static" else None
+        self.change = change
+        for i, name in enumerate("ab"):
+            dense = torch.randn(32, K, generator=torch.Generator().manual_seed(i))
+            weight = NVFP4Weight.from_dense(dense, carried, scale)
+            self.register_parameter(name, nn.Parameter(weight, requires_grad=False))
+
+    def forward(self, x):
+        y = q.hardware(x, (2688 / x.abs().amax(-1, keepdim=True).clamp(min=1e-9)).unsqueeze(-1))
+        return nn.functional.linear(y, self.a), nn.functional.linear(self.change(y), self.b)
+
+
+@pytest.mark.parametrize("change", AFTERWARDS)
+def test_rounded_rows_that_are_rearranged_are_not_rounded_again(change):
+    """The packed tensor's static scale was applied to them as well, in silence: 3 % off."""
+    x = x_of()
+    want = TwoProducts("none", AFTERWARDS[change])(x)
+    (_, second), report, _ = run(TwoProducts("static", AFTERWARDS[change]), x)
+    torch.testing.assert_close(second, want[1], rtol=1e-5, atol=1e-5)
+    (refusal,) = report.refused
+    assert "chosen, joined or masked" in refusal.reason
+
+
 class RoundingMoE(SpelledMoE):
     """Rounds the rows before both products, with one scale each."""
 

@@ -10,6 +10,7 @@ from test_activations import BF16, FP16, FP32, Quantised, run, x_of
 from torch import nn
 
 from fx_nvfp4 import NVFP4Weight
+from fx_nvfp4.backend import collect_reports
 from fx_nvfp4.format import fake_quantize, quantize
 from fx_nvfp4.fused import FusedExperts
 
@@ -373,3 +374,21 @@ def test_as_written_leaves_a_weight_that_the_graph_rounds_early():
     assert not targets.ours
     assert not report.refused
     assert "left as written" in report.notes[0]
+
+
+@pytest.mark.parametrize("carried", [("static", "none"), ("none", "static"), ("none", "none")])
+def test_the_option_nvfp4_is_for_both_products_of_a_block(carried):
+    """It looked at up alone, and left down's activations as they were where up had a scale."""
+    scale = torch.full((E,), 1e-3, dtype=torch.float64)
+    shapes = {"gate_up_proj": (E, 2 * INNER, K), "down_proj": (E, K, INNER)}
+    weights = {
+        name: NVFP4Weight.from_dense(torch.randn(shape), mode, scale if mode == "static" else None)
+        for (name, shape), mode in zip(shapes.items(), carried, strict=True)
+    }
+    experts = FusedExperts(weights, {}, "silu(g) * u", "concatenated")
+    given = torch.randn(9, K), torch.randint(0, E, (9, 2)), torch.rand(9, 2)
+    torch._dynamo.reset()
+    with torch.no_grad(), collect_reports() as report:
+        torch.compile(experts, backend="nvfp4_emu", options={"codegen": False, "activations": "nvfp4"})(*given)
+    modes = [match.activations.split(",")[0].removesuffix(" per-expert") for match in report.matched]
+    assert modes == [f"W4A4 {'dynamic' if mode == 'none' else mode}" for mode in carried]

@@ -188,3 +188,10 @@ def test_a_users_module_may_change_the_path_and_import_late(capsys, tmp_path, mo
     assert run(capsys, "explain", "--module", "early:make")[0] == 0
     assert str(tmp_path / "lib") in sys.path
     assert str(tmp_path) not in sys.path
+
+
+def test_without_the_harness_the_command_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "lm_eval.__main__", None)
+    monkeypatch.delitem(sys.modules, "fx_nvfp4.lm_harness", raising=False)
+    assert cli.main(["lm-eval", "--help"]) == 2
+    assert """pip install "fx_nvfp4[lm-eval]\"""" in capsys.readouterr().err

@@ -9,6 +9,7 @@ import torch
 from test_compile_features import compiled
 from test_tensor import make_weight
 
+from fx_nvfp4 import NVFP4Weight
 from fx_nvfp4 import format as nvfp4
 
 E, N, K, S = 5, 32, 80, 8
@@ -266,6 +267,19 @@ def test_another_value_of_the_variable_is_refused(monkeypatch):
     monkeypatch.setenv("FX_NVFP4_DEBUG_IDS", "yes")
     with pytest.raises(ValueError, match='FX_NVFP4_DEBUG_IDS must be "0" or "1", got \'yes\''):
         Call("indexed").run()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_leaves_dynamic_scales_alone(value, device):
+    """NaN made every other row of its expert zero, finite and plausible; infinity made them NaN."""
+    weight = NVFP4Weight.from_dense(torch.randn(32, 64), "dynamic").to(device)
+    x = torch.randn(4, 64, device=device) * 1e-3
+    x[2, 7] = 1e-2  # the largest, with and without what is spoilt
+    spoilt = x.clone()
+    spoilt[0, 3] = value
+    product = torch.nn.functional.linear
+    assert torch.equal(product(spoilt, weight)[1:], product(x, weight)[1:])
+    assert product(x, weight)[1:].abs().amax() > 0
 
 
 def test_the_oracle_rounds_what_is_not_finite_block_by_block():

@@ -15,7 +15,6 @@ import pytest
 import torch
 
 import fx_nvfp4
-from fx_nvfp4 import cli
 
 pytest.importorskip("lm_eval")
 pytest.importorskip("accelerate")
@@ -155,10 +154,3 @@ def test_options_reach_the_loader(folder):
     assert figures(weights_alone) == pytest.approx(expected(model), rel=1e-4)
     both = expected(fx_nvfp4.load(CHECKPOINT, dtype=torch.float32, progress=False))
     assert figures(weights_alone)[0] != pytest.approx(both[0], rel=1e-3)
-
-
-def test_without_the_harness_the_command_says_what_to_install(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "lm_eval.__main__", None)
-    monkeypatch.delitem(sys.modules, "fx_nvfp4.lm_harness", raising=False)
-    assert cli.main(["lm-eval", "--help"]) == 2
-    assert "pip install lm-eval" in capsys.readouterr().err

@@ -17,6 +17,7 @@ from torch import nn
 import fx_nvfp4
 from fx_nvfp4.checkpoints.reader import Reader
 from fx_nvfp4.parallel.cut import share
+from fx_nvfp4.tensor import PART_OF_K
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs gloo")
 MODEL = Path(__file__).parent / "data" / "modelopt_mixtral_w4a4"
@@ -102,6 +103,14 @@ def test_refusals_say_what_to_do(model, arguments, message):
         fx_nvfp4.shard_experts(model(), *arguments)
 
 
+def attention(rows=64, sinks=False):
+    model = nn.Module()
+    model.q_proj, model.head_dim = nn.Linear(32, rows), 32
+    if sinks:
+        model.sinks = nn.Parameter(torch.zeros(2))
+    return model
+
+
 def packed_pair(activations="none"):
     model = nn.Sequential(nn.Linear(32, 48), nn.Linear(48, 32))
     fx_nvfp4.quantize_(model, fx_nvfp4.NVFP4Config(activations=activations))
@@ -116,6 +125,8 @@ def packed_pair(activations="none"):
         (packed_pair(), 5, {"0": "colwise"}, "0: 48 rows are no equal parts for 5 ranks"),
         (packed_pair(), 2, {"1": "rowwise"}, "1: 3 blocks of 16 in K are no equal parts for 2 ranks"),
         (packed_pair("dynamic"), 3, {"1": "rowwise"}, "1: its activations have a dynamic scale"),
+        (attention(rows=32), 2, {"q_proj": "colwise"}, "q_proj: 32 rows are 1 heads of 32, no equal parts for 2 ranks"),
+        (attention(sinks=True), 2, {"q_proj": "colwise"}, "q_proj: its attention holds sinks for all heads"),
     ],
 )
 def test_linear_layers_that_cannot_be_cut_are_named(model, ranks, plan, message):
@@ -123,6 +134,25 @@ def test_linear_layers_that_cannot_be_cut_are_named(model, ranks, plan, message)
     with pytest.raises(ValueError, match=message):
         fx_nvfp4.shard_linears(model, mesh(ranks), plan)
     assert [p.shape for p in model.parameters()] == before
+
+
+def test_a_part_of_k_is_not_calibrated():
+    """Each rank found a scale of its own, and the logits were off by 7 %."""
+    model = packed_pair("static")
+    setattr(model[1].weight, PART_OF_K, True)
+    message = r"holds a part of K of 1.weight.*calibrate the whole model, then shard it"
+    with pytest.raises(ValueError, match=message), fx_nvfp4.calibrate(model):
+        pass
+
+
+def test_parameters_that_fsdp_leaves_alone():
+    """It took biases of each rank's own experts for copies of one tensor, and mixed them."""
+    some = SimpleNamespace(ndim=1, size=lambda: 2, get_local_rank=lambda: 0, get_group=lambda: None)
+    model = nn.ModuleDict({"experts": shard_cases.fused(), "norm": nn.LayerNorm(4)})
+    fx_nvfp4.shard_experts(model, some)
+    own = fx_nvfp4.sharded_parameters(model)
+    assert own == set(model.experts.parameters())
+    assert {name for name, p in model.named_parameters() if p in own} >= {"experts.gate_up_proj_bias"}
 
 
 def test_unknown_modules_of_experts_are_refused():
@@ -205,7 +235,7 @@ def test_a_part_is_neither_saved_as_a_model_nor_sharded_again(tmp_path):
     pytest.importorskip("transformers")
     some = SimpleNamespace(ndim=1, size=lambda: 2, get_local_rank=lambda: 0)
     model = fx_nvfp4.load(MODEL, progress=False, mesh=some)
-    with pytest.raises(ValueError, match="holds a part of the experts alone"):
+    with pytest.raises(ValueError, match="holds a part of the model alone"):
         fx_nvfp4.save(model, tmp_path)
     with pytest.raises(ValueError, match="sharded already"):
         fx_nvfp4.shard_experts(model, some)

@@ -153,7 +153,7 @@ print(f"========= ERROR SUMMARY: {{errors}} error{{'s' * (errors != 1)}}")
 """
 
 
-@pytest.mark.in_part(2)
+@pytest.mark.in_part(4)
 @pytest.mark.parametrize("jobs", ["1", "3"])
 @pytest.mark.parametrize("at", ["33 x 48", "nothing"])
 def test_the_whole_way(at, jobs, tmp_path):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..checkpoints.skeleton import experts_layout
 from ..fused import BIAS, DOWN_NAME, UP_NAMES, FusedExperts
+from ..tensor import NVFP4Weight
 
 _SHARDED = "_nvfp4_shard"  # on modules that hold a part of their weights already
 
@@ -72,6 +73,19 @@ def is_marked(module: nn.Module) -> bool:
 def is_sharded(model: nn.Module) -> bool:
     """Whether a model holds a part of its weights alone."""
     return any(map(is_marked, model.modules()))
+
+
+def sharded_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """What FSDP has to leave alone: packed weights, and parameters of which each rank holds a part of its own.
+
+        fully_shard(model, mesh=mesh, ignored_params=fx_nvfp4.sharded_parameters(model))
+
+    The latter are those of modules that :func:`fx_nvfp4.shard_experts`, :func:`fx_nvfp4.shard_linears` or
+    :func:`fx_nvfp4.load` with a mesh has sharded, biases of experts among them: FSDP would take the ranks' parts for
+    copies of one parameter, and mix them.
+    """
+    parts = {p for module in model.modules() if is_marked(module) for p in module.parameters(recurse=False)}
+    return parts | {p for p in model.parameters() if isinstance(p.data, NVFP4Weight)}
 
 
 def find_experts(model: nn.Module, packed: Collection[str]) -> list[Experts]:

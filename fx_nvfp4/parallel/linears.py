@@ -39,7 +39,8 @@ def shard_linears(model: Model, mesh: DeviceMesh, plan: Mapping[str, str] | None
         The same model.
 
     Raises:
-        ValueError: no plan, or it names no linear layer of the model; a part would not be whole; activation scales of
+        ValueError: no plan, or it names no linear layer of the model; a part would not be whole, of attention whole
+            heads; activation scales of
             K that are taken of all of it; sharded already. Nothing is sharded then.
         TypeError: mesh is none.
     """
@@ -47,6 +48,8 @@ def shard_linears(model: Model, mesh: DeviceMesh, plan: Mapping[str, str] | None
     chosen = _chosen(model, getattr(model, "tp_plan", None) if plan is None else plan)
     for path, (layer, style) in chosen.items():
         _check(path, layer, style, mesh.size())
+        if style == COLUMNS:
+            _check_heads(path, layer, model.get_submodule(path.rpartition(".")[0]), mesh.size())
     for layer, style in chosen.values():
         _shard(layer, style, mesh)
     return model
@@ -85,6 +88,25 @@ def _check(path: str, layer: nn.Linear, style: str, ranks: int) -> None:
         raise ValueError(
             f"{path}: its activations have a dynamic scale, the largest of all of K, which no rank would hold: "
             "calibrate for static scales, or leave it out of the plan"
+        )
+
+
+def _check_heads(path: str, layer: nn.Linear, attention: nn.Module, ranks: int) -> None:
+    """Of attention, as transformers writes it, each rank needs whole heads, and nothing that is of all heads."""
+    size = getattr(attention, "head_dim", None)
+    if not isinstance(size, int) or not path.endswith(("q_proj", "k_proj", "v_proj")):
+        return
+    if layer.weight.shape[0] % (size * ranks):
+        rows = layer.weight.shape[0]
+        raise ValueError(
+            f"{path}: {rows} rows are {rows / size:g} heads of {size}, no equal parts for {ranks} ranks: use a smaller "
+            "mesh, or a plan without this attention's layers"
+        )
+    own = [name for name, _ in attention.named_parameters(recurse=False)]
+    if own:
+        raise ValueError(
+            f"{path}: its attention holds {', '.join(own)} for all heads, which shard_linears does not cut: leave its "
+            "layers out of the plan"
         )
 
 

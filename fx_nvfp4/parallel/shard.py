@@ -25,7 +25,8 @@ def shard_experts(model: Model, mesh: DeviceMesh, dim: str = "expert", tokens: s
 
     Call it on every rank, with the same model, before torch.compile. Names of parameters stay; their shapes are those
     of the part. Everything else (attention, router, norms) is not touched: replicate it, or shard it as you would a
-    dense model. FSDP2 may wrap the rest: give it the packed weights as ``ignored_params``.
+    dense model. FSDP2 may wrap the rest, with :func:`fx_nvfp4.sharded_parameters` as its ``ignored_params``. Static
+    activation scales have to be there already: :func:`fx_nvfp4.calibrate` first.
 
     Args:
         model: its experts are :class:`fx_nvfp4.fused.FusedExperts` (what :func:`fx_nvfp4.prepare` makes of lists), or
