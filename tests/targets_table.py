@@ -26,8 +26,8 @@ _TEXT = """\
 # What the kernels take of each GPU
 
 Every Triton kernel, compiled for each target without a GPU of that kind, as `tests/test_kernel_targets.py` does, which
-fails where one takes more shared memory than a block may have, or spills registers and is none of the few that it lists.
-Compiled is not run: the README says where the kernels have run. Made by
+fails where one takes more shared memory than a block may have, or spills registers and is none of the few that it
+lists. Compiled is not run: the README says where the kernels have run. Made by
 
 <!-- not run: it compiles every kernel for nine targets, which takes minutes -->
 ```bash
