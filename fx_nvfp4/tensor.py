@@ -266,7 +266,15 @@ class NVFP4Weight(TorchAOBaseTensor):
             weight: float32, bfloat16 or float16; K a multiple of 16.
             activations, act_scale, dialect: as for the class; the weight is rounded by the same dialect.
             global_scale: multiplier, broadcasts to [.., N]; by default amax / 2688 of each 2-D weight.
+
+        Raises:
+            ValueError: an activation scale that is not finite and above zero.
         """
+        if type(act_scale) is Tensor and not ((act_scale > 0) & act_scale.isfinite()).all():
+            raise ValueError(
+                f"from_dense: act_scale must be finite and above zero, got {act_scale.flatten()[:4].tolist()}: it is "
+                "the multiplier amax / 2688 of the activations that enter the weight"
+            )
         if global_scale is None:
             amax = weight.detach().abs().amax(dim=(-2, -1), keepdim=True).squeeze(-1).float()
             global_scale = torch.where(amax > 0, amax / nvfp4.TWO_LEVEL_MAX, 1.0)

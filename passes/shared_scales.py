@@ -41,9 +41,15 @@ def _share_scales(graph: fx.Graph, op: Node) -> str:
         _share_activations(emit, given)
         given.up_global_scale = _gates(emit, given.layout, list(given.up_global_scale))
     put_arguments(op, given)
-    return (
-        "as vLLM, not as the checkpoint: one activation scale, the largest, for all experts; gate's weight scale for up"
-    )
+    done = ["one activation scale, the largest, for all experts"] * _has_scales(given)
+    done += ["gate's weight scale for up"] * (given.layout != "plain")
+    if not done:
+        return "shared_scales='vllm' changes nothing: no static activation scales, and up has no gate"
+    return f"as vLLM, not as the checkpoint: {'; '.join(done)}"
+
+
+def _has_scales(given: Any) -> bool:
+    return bool(given.up_act_scale) or given.down_act_scale is not None
 
 
 def _share_activations(emit: Emitter, given: Any) -> None:

@@ -392,3 +392,24 @@ def test_the_option_nvfp4_is_for_both_products_of_a_block(carried):
         torch.compile(experts, backend="nvfp4_emu", options={"codegen": False, "activations": "nvfp4"})(*given)
     modes = [match.activations.split(",")[0].removesuffix(" per-expert") for match in report.matched]
     assert modes == [f"W4A4 {'dynamic' if mode == 'none' else mode}" for mode in carried]
+
+
+@pytest.mark.parametrize(
+    ("mode", "layout", "said"),
+    [
+        ("static", "concatenated", "one activation scale, the largest, for all experts; gate's weight scale for up"),
+        ("dynamic", "concatenated", "as vLLM, not as the checkpoint: gate's weight scale for up"),
+        ("none", "plain", "changes nothing"),
+    ],
+)
+def test_a_note_on_shared_scales_names_those_that_were(mode, layout, said):
+    scale = torch.full((E,), 1e-3, dtype=torch.float64) if mode == "static" else None
+    name, rows = ("up_proj", INNER) if layout == "plain" else ("gate_up_proj", 2 * INNER)
+    shapes = {name: (E, rows, K), "down_proj": (E, K, INNER)}
+    weights = {name: NVFP4Weight.from_dense(torch.randn(shape), mode, scale) for name, shape in shapes.items()}
+    experts = FusedExperts(weights, {}, "relu(u)" if layout == "plain" else "silu(g) * u", layout)
+    given = torch.randn(9, K), torch.randint(0, E, (9, 2)), torch.rand(9, 2)
+    torch._dynamo.reset()
+    with torch.no_grad(), collect_reports() as report:
+        torch.compile(experts, backend="nvfp4_emu", options={"codegen": False, "shared_scales": "vllm"})(*given)
+    assert any(said in note for note in report.notes), report.notes

@@ -106,6 +106,13 @@ def test_torchao_conversion_keeps_every_value(shape, swizzled):
     assert torch.equal(back.qdata, ours.qdata)
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.01, float("nan"), float("inf")])
+def test_activation_scales_that_are_none_are_refused(scale):
+    """Zero gave zeros, and a negative one another number in each dialect."""
+    with pytest.raises(ValueError, match="act_scale must be finite and above zero, got"):
+        NVFP4Weight.from_dense(torch.randn(16, 16), "static", torch.tensor(scale, dtype=torch.float64))
+
+
 def test_torchao_cannot_hold_scales_that_differ_by_row():
     with pytest.raises(ValueError, match="different global scales"):
         make_weight().to_torchao()
