@@ -82,7 +82,9 @@ class Activations:
             # One more group takes the rows that belong to nobody.
             index = torch.where((group >= 0) & (group < groups), group, groups).long().reshape(-1)
             amax = rows.new_zeros(groups + 1).scatter_reduce(0, index, rows.reshape(-1), "amax")[:groups]
-        return torch.where(amax > 0, amax / TWO_LEVEL_MAX, 1.0)
+        scale = amax / TWO_LEVEL_MAX
+        # What has no reciprocal in fp32, and zero, is zeros by any rule.
+        return torch.where((1.0 / scale).float().isfinite(), scale, 1.0)
 
 
 def matmul(x: Tensor, qdata: Tensor, block_scale: Tensor, global_scale: Tensor, act: Activations) -> Tensor:

@@ -11,6 +11,7 @@ from test_tensor import make_weight
 
 from fx_nvfp4 import NVFP4Weight
 from fx_nvfp4 import format as nvfp4
+from fx_nvfp4.dialects import DIALECTS
 
 E, N, K, S = 5, 32, 80, 8
 op = torch.ops.fx_nvfp4
@@ -280,6 +281,15 @@ def test_what_is_not_finite_leaves_dynamic_scales_alone(value, device):
     product = torch.nn.functional.linear
     assert torch.equal(product(spoilt, weight)[1:], product(x, weight)[1:])
     assert product(x, weight)[1:].abs().amax() > 0
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_values_too_small_for_a_dynamic_scale_are_zeros(dialect, device):
+    """A scale that is 0 in fp32 gave NaN by two of the rules."""
+    weight = NVFP4Weight.from_dense(torch.randn(32, 64), "dynamic", dialect=dialect).to(device)
+    x = torch.randn(4, 64, device=device) * 1e-43
+    x[0] = 0
+    assert not torch.nn.functional.linear(x, weight).any()
 
 
 def test_the_oracle_rounds_what_is_not_finite_block_by_block():
