@@ -112,7 +112,7 @@ def _device(device: torch.device | str | int | None) -> torch.device:
         target = torch.device("cpu" if device is None else device)
         torch.empty(0, device=target)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0]
+        reason = str(error).partition("\n")[0].rstrip(".")
         raise ValueError(f'load: device {device!r}: {reason}; "cpu" and, with a GPU, "cuda" are there') from None
     return target
 

@@ -76,6 +76,7 @@ class Quantised(nn.Module):
 # Recognition, on the graph and on numbers
 
 
+@pytest.mark.in_part(4)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", q.RULES)
 def test_every_rule_is_told_from_the_others_and_its_bits_are_the_graphs(name, dtype):
@@ -471,6 +472,7 @@ class TwoProducts(nn.Module):
         return nn.functional.linear(y, self.a), nn.functional.linear(self.change(y), self.b)
 
 
+@pytest.mark.in_part(3)
 @pytest.mark.parametrize("change", AFTERWARDS)
 def test_rounded_rows_that_are_rearranged_are_not_rounded_again(change):
     """The packed tensor's static scale was applied to them as well, in silence: 3 % off."""

@@ -83,7 +83,7 @@ def test_fake_quantize_gives_the_values_of_modelopts_kernel_for_finite_blocks(dt
     assert torch.equal(*(t.unflatten(-1, (-1, 16))[finite] for t in (values, expected)))
 
 
-@pytest.mark.in_part(5)
+@pytest.mark.in_part(8)
 @pytest.mark.parametrize(("dialect", "dtype", "i"), CASES)
 def test_products_round_activations_to_each_producers_codes(dialect, dtype, i, body):
     name, device = body
@@ -94,7 +94,7 @@ def test_products_round_activations_to_each_producers_codes(dialect, dtype, i, b
     assert torch.equal(got.cpu(), want)
 
 
-@pytest.mark.in_part(6)
+@pytest.mark.in_part(8)
 @pytest.mark.parametrize("product", ["first", "second"])
 @pytest.mark.parametrize(("dialect", "dtype", "i"), [c for c in CASES if c[0] == "hardware" or c[2] == 2])
 def test_blocks_round_before_either_product_to_each_producers_codes(dialect, dtype, i, product, body):

@@ -162,7 +162,7 @@ IMPOSTORS = {
 }
 
 
-@pytest.mark.in_part(2)
+@pytest.mark.in_part(4)
 @pytest.mark.parametrize("name", IMPOSTORS)
 def test_what_only_looks_like_a_block_stays_apart(name):
     body, reason = IMPOSTORS[name]

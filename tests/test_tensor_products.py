@@ -81,6 +81,7 @@ def test_product_means_the_same_in_every_mode(name, context, layout):
     torch.testing.assert_close(got, product(x, weight.dequantize()), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.in_part(4)
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_compiled_product_is_packed(name):
     product, shape = PRODUCTS[name]
@@ -104,6 +105,7 @@ def test_weights_stored_transposed_multiply_alike(name):
     torch.testing.assert_close(product(x, stored.mT), product(x, weight), rtol=0, atol=0)
 
 
+@pytest.mark.in_part(4)
 @pytest.mark.parametrize(
     "name", ["chosen slots", "chosen slots of their own", "experts in parallel", "x @ w.mT, four dims"]
 )

@@ -119,6 +119,7 @@ def test_gradients_are_those_of_eager_and_nothing_dense_is_made(style, graphs):
     assert graphs.largest < model.down_qdata.numel()
 
 
+@pytest.mark.in_part(3)
 @pytest.mark.parametrize("style", STYLES)
 def test_gradients_in_bfloat16(style, graphs):
     model = Adapted(style, torch.bfloat16)
