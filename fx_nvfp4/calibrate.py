@@ -73,8 +73,7 @@ def calibrate(model: nn.Module) -> Iterator[Calibration]:
 
     Raises:
         ValueError: the model has no such weight, or a part of its K alone on this rank, none was reached, or a value
-            that entered one is not finite. Then,
-            and where the block raises, the weights are as before.
+            that entered one is not finite. Then, and where the block raises, the weights are as before.
     """
     _check_whole(model)
     observer, before, watched = Observer(), {}, {}

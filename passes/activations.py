@@ -35,7 +35,7 @@ _VIEWS = {
     *(aten.squeeze.dim, aten.squeeze.dims, aten.squeeze.default, aten.clone.default, aten.alias.default),
     aten.detach.default,
 }
-MOVES = {
+_MOVES = {
     *_VIEWS,
     *CASTS,
     aten.permute.default,
@@ -173,7 +173,7 @@ def results_of(operand: Node) -> Iterator[tuple[tuple[Node, ...], Node]]:
     node = operand
     while True:
         yield tuple(moves), node
-        if node.target not in MOVES or not is_tensor(node.args[0]):
+        if node.target not in _MOVES or not is_tensor(node.args[0]):
             return
         moves.append(node)
         node = node.args[0]  # type: ignore[assignment]

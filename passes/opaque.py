@@ -6,7 +6,6 @@ vectors vouch for the bits.
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,9 +15,10 @@ from torch.fx import Node
 from fx_nvfp4.format import BLOCK
 
 from .activation_proof import Cut, Rule
-from .activations import MOVES, Spelled, results_of
+from .activations import Spelled, results_of
 from .found import Refused
-from .nodes import arguments, is_tensor
+from .nodes import CASTS, arguments, is_tensor
+from .sample import MOVES, inputs_of
 
 aten = torch.ops.aten
 
@@ -33,13 +33,10 @@ _PACKERS = {
 # Triton kernels that quantise to NVFP4 and back, and stay as they are: ModelOpt's.
 _KERNELS = {"triton::fp4_fake_quant_kernel", "triton::fp4_fake_quant_kernel_blockptr"}
 _OURS = "fx_nvfp4::fake_quantize"  # called by the model itself, or put there for another product of the same rows
-# What gives elements of its inputs, and constants, in another place.
-_REARRANGES = {
-    *(aten.select.int, aten.unbind.int, aten.split.Tensor, aten.split_with_sizes.default, operator.getitem),
-    *(aten.cat.default, aten.stack.default, aten.repeat.default, aten.flip.default, aten.roll.default),
-    *(aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.where.self, aten.constant_pad_nd.default),
-    *(aten.gather.default, aten.index_put.default, aten.index_copy.default, aten.scatter.src),
-    *(aten.slice_scatter.default, aten.select_scatter.default, torch.ops.prims.rev.default),
+# What mixes elements of its inputs, beside what only moves them.
+_MIXES = {
+    *(aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.where.self, aten.roll.default),
+    *(aten.index_put.default, aten.index_copy.default, aten.scatter.src),
 }
 _MOST_NODES = 512
 _ADVICE = "spell the quantiser in PyTorch, or leave it to the packed tensor's activation scale"
@@ -83,9 +80,9 @@ def _behind_rearrangement(operand: Node) -> str | None:
         node = left.pop()
         if (name := _name(node)) is not None:
             return name
-        masks = node.target is aten.mul.Tensor and any(map(_is_mask, node.all_input_nodes))
-        if masks or node.target in _REARRANGES or node.target in MOVES:
-            new = [n for n in node.all_input_nodes if n not in seen]
+        masks = node.target is aten.mul.Tensor and any(map(_is_mask, inputs_of(node)))
+        if masks or MOVES.of(node) is not None or node.target in CASTS or node.target in _MIXES:
+            new = [n for n in inputs_of(node) if n not in seen]
             seen.update(new)
             left += new
     return None

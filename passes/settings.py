@@ -45,15 +45,9 @@ class Settings:
 def apply_activations(op: Node, wanted: str) -> str:
     """Set how an op quantises activations that the model does not; returns what decided it."""
     if wanted == "none" and _quantises(op):
-        _set_all(op, "none")
+        _leave_alone(op)
         return "option"
-    if wanted == "nvfp4" and mode_of(op) == "none":
-        _set_all(op, "dynamic")
-        return "option"
-    if wanted == "nvfp4" and getattr(arguments(op), "down_activations", "") == "none":
-        given = arguments(op)
-        given.down_activations, given.down_act_scale = "dynamic", None
-        put_arguments(op, given)
+    if wanted == "nvfp4" and _round_the_rest(op):
         return "option"
     return "tensor" if _quantises(op) else ""
 
@@ -62,16 +56,29 @@ def _quantises(op: Node) -> bool:
     return mode_of(op) != "none" or getattr(arguments(op), "down_activations", "none") != "none"
 
 
-def _set_all(op: Node, mode: str) -> None:
+def _leave_alone(op: Node) -> None:
     """Up products first; a whole block's down product too."""
-    dialect = arguments(op).dialect
-    set_activations(op, None, mode, dialect)
-    if op.target is not _MOE:
-        return
-    given = arguments(op)
-    if mode == "none" or given.down_activations == "none":
+    set_activations(op, None, "none", arguments(op).dialect)
+    _set_down(op, "none")
+
+
+def _round_the_rest(op: Node) -> bool:
+    """Give a dynamic scale to products whose activations are left alone; whether there are any."""
+    up = mode_of(op) == "none"
+    if up:
+        set_activations(op, None, "dynamic", arguments(op).dialect)
+    down = getattr(arguments(op), "down_activations", "") == "none"
+    if down:
+        _set_down(op, "dynamic")
+    return up or down
+
+
+def _set_down(op: Node, mode: str) -> None:
+    """Of a whole block; nothing of another op."""
+    if op.target is _MOE:
+        given = arguments(op)
         given.down_activations, given.down_act_scale = mode, None
-    put_arguments(op, given)
+        put_arguments(op, given)
 
 
 def adjust_products(graph: fx.Graph, settings: Settings) -> list[str]:
