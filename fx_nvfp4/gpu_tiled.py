@@ -17,7 +17,7 @@ from .block import Block, Projection
 from .kernels import moe as moe_kernels
 from .kernels.entry import enter
 from .kernels.grouped import row_groups
-from .kernels.tile_config import TileConfig, TileConfigs, by_load, for_rows, target_of
+from .kernels.tile_config import TileConfig, TileConfigs, by_load, fitted, for_rows, target_of
 from .kernels.tile_table import sort_into_tiles
 from .kernels.tiled_down import down
 from .kernels.tiled_operands import Routing, Rows, TiledOperand
@@ -99,7 +99,7 @@ def linear(
     """x [.., K] by one weight [N, K] -> [.., N]."""
     rows = x.reshape(-1, x.shape[-1])
     weight = TiledOperand(words.unsqueeze(0), scales.unsqueeze(0), global_scale.unsqueeze(0), None)
-    config = config or for_rows(len(rows), weight.n, target_of(x))
+    config = config or fitted(for_rows(len(rows), weight.n, target_of(x)), x.shape[-1])
     # The activations' scale is one for all, so nobody asks whose rows they are.
     entered = _enter(rows, act, None, None, False, True)
     return down(entered, weight, Routing(None, len(rows), len(rows)), config).view(*x.shape[:-1], weight.n)
@@ -108,7 +108,7 @@ def linear(
 def batched(x: Tensor, words: Tensor, scales: Tensor, global_scale: Tensor, act: Activations) -> Tensor:
     """x [E, M, K] by the weight of each expert -> [E, M, N]."""
     experts, rows, k = x.shape
-    config = by_load(rows, target_of(x))
+    config = fitted(by_load(rows, target_of(x)), k)
     slots = None
     if act.needs_experts:
         ids = torch.arange(experts, device=x.device).repeat_interleave(rows).unsqueeze(1)
@@ -122,7 +122,7 @@ def indexed(x: Tensor, words: Tensor, scales: Tensor, global_scale: Tensor, ids:
     """Row s of x [S, K] by expert ids[s] -> [S, N]; rows of nobody come out as zeros."""
     weight = TiledOperand(words, scales, global_scale, None)
     slots = Slots(ids.unsqueeze(1), ids.unsqueeze(1), len(words))
-    config = by_load(len(x) / len(words), target_of(x))
+    config = fitted(by_load(len(x) / len(words), target_of(x)), x.shape[-1])
     routing = Routing(sort_into_tiles(slots.ids, len(words), config.largest), len(x))
     entered = _enter(x, act, slots, None, act.needs_experts, True)
     return down(entered, weight, routing, config, everyone=False)
@@ -147,7 +147,7 @@ def _enter(
     Without slots one scale is for all rows, or found from them.
     """
     if act.mode == "none" and not permute and weights is None and not apart:
-        return Rows(x if x.is_contiguous() else x.contiguous(), False, None)
+        return Rows(x if x.is_contiguous() else x.contiguous(), False, None, last=False)
     static = act.mode == "static" and act.dialect == "hardware"
     if act.mode == "none" or static:
         scale = act.scale if static else None

@@ -163,7 +163,7 @@ def _configs(x: Tensor, ids: Tensor, block: Block) -> TileConfigs:
     measured = tuning.measured(problem, tokens, x.device)
     if measured is None and tuning.enabled() and x.is_cuda:
         raise NotLaunchesError("it is tuned at its first call; what is compiled after that is inlined")
-    return measured or choose(tokens, ids.shape[1], block.experts, target_of(x))
+    return measured or choose(tokens, problem.sizes, target_of(x))
 
 
 def _example(argument: Any) -> Any:

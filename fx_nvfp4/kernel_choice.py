@@ -9,7 +9,7 @@ import torch
 
 from . import cpu, tuning
 from .kernels.config import INDEXED, gemm_config, gradient_config
-from .kernels.tile_config import by_load, for_rows, target_of_device
+from .kernels.tile_config import by_load, fitted, for_rows, target_of_device
 from .report import Match
 
 _TILED = ("linear", "batched", "grouped", "moe")
@@ -43,14 +43,15 @@ def _choice(match: Match) -> str:
 
 
 def _tiles(match: Match) -> str:
-    """Of a weight in tiles. The configuration goes by the count of tokens at each call."""
+    """Of a weight in tiles."""
     target = target_of_device(torch.cuda.current_device())
-    config = for_rows(match.rows, match.n, target) if match.op == "linear" else by_load(match.rows, target)
-    if match.op != "moe":  # blocks alone are tuned
-        chosen = "default"
-    else:
-        chosen = "the fastest of those timed at the first call" if tuning.enabled() else "default, or tuned before"
-    return f"Triton tiles: {config.text} ({chosen})"
+    if match.op != "moe":
+        config = for_rows(match.rows, match.n, target) if match.op == "linear" else by_load(match.rows, target)
+        return f"Triton tiles: {fitted(config, match.k).text} (default)"
+    # Blocks alone are tuned, and take what the tokens of a call ask for: see tile_config.choose.
+    how = "the fastest of those timed at the first call" if tuning.enabled() else "default, or tuned before"
+    config = fitted(by_load(match.rows, target), match.k)
+    return f"Triton tiles by the tokens of each call, of about {match.rows} slots an expert {config.text} ({how})"
 
 
 def _written(parameters: Mapping[str, int]) -> str:

@@ -20,13 +20,13 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .kernels.tile_candidates import candidates
-from .kernels.tile_config import Target, TileConfig, TileConfigs, choose
+from .kernels.tile_config import BlockSizes, Target, TileConfig, TileConfigs, choose, fitted
 from .lowering import compat
 
 log = logging.getLogger("fx_nvfp4.tuning")
@@ -53,13 +53,16 @@ class Problem(NamedTuple):
     def key(self) -> str:
         return " ".join(map(str, self))
 
+    @property
+    def sizes(self) -> BlockSizes:
+        return BlockSizes(self.experts, self.top, self.hidden, self.inner, self.layout != "plain")
+
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """One configuration of the search, the same for both products, and its time; None where it failed."""
+    """One choice of the search and its time; None where it failed."""
 
-    config: TileConfig
-    direct: bool
+    configs: TileConfigs
     microseconds: float | None
     why: str = ""
 
@@ -81,7 +84,7 @@ def configs_for(
     problem: Problem, tokens: int, target: Target, device: torch.device, run: Callable[[TileConfigs], Tensor]
 ) -> TileConfigs:
     """The configurations of a call; `run` runs the block with others, and is called only to measure them."""
-    default = choose(tokens, problem.top, problem.experts, target)
+    default = choose(tokens, problem.sizes, target)
     if device.type != "cuda":
         return default
     found = measured(problem, tokens, device)
@@ -167,23 +170,42 @@ def _was_timed(measured: list[Measured]) -> bool:
 def table_of(device: torch.device) -> Table:
     """What has been measured on a GPU."""
     name = torch.cuda.get_device_name(device).replace(" ", "_").replace("/", "_")
-    return Table(compat.cache_folder() / "fx_nvfp4" / f"{name}-triton-{metadata.version('triton')}.json")
+    # Of other kernels, or another compiler, nothing is known.
+    of = f"{name}-triton-{metadata.version('triton')}-{compat.package_hash()[:12]}"
+    return Table(compat.cache_folder() / "fx_nvfp4" / f"{of}.json")
 
 
 def measure(problem: Problem, tokens: int, target: Target, run: Callable[[TileConfigs], Tensor]) -> list[Measured]:
-    """All candidates, timed on the block itself; those whose result is wrong or varies are out."""
-    default = choose(tokens, problem.top, problem.experts, target)
+    """Candidates, timed on the block itself; those whose result is wrong or varies are out.
+
+    All are timed for both products at once, and then those of the same tokens as the fastest for each product alone.
+    """
+    sizes = problem.sizes
+    default = choose(tokens, sizes, target)
     expected = run(default).float()
-    tried = [(default.up, default.direct)]
-    each = tokens * problem.top / problem.experts
-    tried += [(c, False) for c in candidates(each, problem.hidden, target)]
+    both = [default, *(_for_both(c, problem) for c in candidates(sizes.load(tokens), problem.hidden, target))]
     if 1 < tokens <= 8:
-        tried.append((choose(1, problem.top, problem.experts, target).up, True))
-    tried = list(dict.fromkeys(tried))
-    # Compilers run beside each other; an error comes again below, and is noted there.
-    with ThreadPoolExecutor(_COMPILERS) as pool:
-        list(pool.map(lambda c: _attempt(run, TileConfigs(c[0], c[0], c[1])), tried))
-    return [_try(config, direct, run, expected) for config, direct in tried]
+        both.append(choose(1, sizes, target))
+    found: dict[TileConfigs, Measured] = {}
+
+    def time(tried: list[TileConfigs]) -> TileConfigs:
+        """The fastest so far, with these."""
+        new = [c for c in dict.fromkeys(tried) if c not in found]
+        # Compilers run beside each other; an error comes again below, and is noted there.
+        with ThreadPoolExecutor(_COMPILERS) as pool:
+            list(pool.map(lambda c: _attempt(run, c), new))
+        found.update({c: _try(c, run, expected) for c in new})
+        return _best(list(found.values()))
+
+    best = time(both)
+    alike = [c for c in both if c.direct == best.direct and c.up.largest == best.up.largest]
+    best = time([dataclasses.replace(best, down=c.down) for c in alike])
+    time([dataclasses.replace(best, up=c.up) for c in alike])
+    return list(found.values())
+
+
+def _for_both(config: TileConfig, problem: Problem) -> TileConfigs:
+    return TileConfigs(fitted(config, problem.hidden), fitted(config, problem.inner))
 
 
 def _attempt(run: Callable[[TileConfigs], Tensor], configs: TileConfigs) -> None:
@@ -198,18 +220,17 @@ def failures() -> tuple[type[Exception], ...]:
     return triton.CompilationError, triton.runtime.errors.OutOfResources, RuntimeError, ValueError
 
 
-def _try(config: TileConfig, direct: bool, run: Callable[[TileConfigs], Tensor], expected: Tensor) -> Measured:
-    configs = TileConfigs(config, config, direct)
+def _try(configs: TileConfigs, run: Callable[[TileConfigs], Tensor], expected: Tensor) -> Measured:
     try:
         first, second = run(configs), run(configs)
         if not torch.equal(first, second):
-            return Measured(config, direct, None, "two runs differ")
+            return Measured(configs, None, "two runs differ")
         error = float((first.float() - expected).norm() / expected.norm().clamp(min=1e-30))
         if not error < 1e-2:
-            return Measured(config, direct, None, f"its result differs by {error:.1e}")
-        return Measured(config, direct, microseconds(lambda: run(configs)))
+            return Measured(configs, None, f"its result differs by {error:.1e}")
+        return Measured(configs, microseconds(lambda: run(configs)))
     except failures() as error:
-        return Measured(config, direct, None, f"{type(error).__name__}: {str(error).splitlines()[0][:120]}")
+        return Measured(configs, None, f"{type(error).__name__}: {str(error).splitlines()[0][:120]}")
 
 
 def microseconds(
@@ -246,12 +267,13 @@ def _overwrite_cache() -> Callable[[int], object]:
 def _best(measured: list[Measured]) -> TileConfigs:
     """The fastest; the first, which is the default, where none could be timed."""
     timed = [m for m in measured if m.microseconds is not None] or measured[:1]
-    best = min(timed, key=lambda m: m.microseconds or 0.0)
-    return TileConfigs(best.config, best.config, best.direct)
+    return min(timed, key=lambda m: m.microseconds or 0.0).configs
 
 
-def _measured(entry: dict[str, object]) -> Measured:
-    return Measured(**{**entry, "config": TileConfig(**entry["config"])})  # type: ignore[arg-type]
+def _measured(entry: dict[str, Any]) -> Measured:
+    given = entry["configs"]
+    configs = TileConfigs(TileConfig(**given["up"]), TileConfig(**given["down"]), given["direct"])
+    return Measured(configs, entry["microseconds"], entry["why"])
 
 
 def describe(measured: list[Measured]) -> str:
@@ -260,5 +282,5 @@ def describe(measured: list[Measured]) -> str:
     lines = []
     for m in ordered:
         time = m.why if m.microseconds is None else f"{m.microseconds:.1f} us"
-        lines.append(f"  {time:>12}  {m.config.text}{' each slot by itself' if m.direct else ''}")
+        lines.append(f"  {time:>12}  {m.configs.text}")
     return "\n".join(lines)

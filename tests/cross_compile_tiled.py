@@ -11,13 +11,13 @@ from fx_nvfp4.kernels.activation import compile_activation
 from fx_nvfp4.kernels.config import ENTRY_BLOCK, TABLE_BLOCK, TABLE_COUNTED, TABLE_SLOTS_AT_ONCE
 from fx_nvfp4.kernels.entry import entry_kernel
 from fx_nvfp4.kernels.fragments import decode_form
-from fx_nvfp4.kernels.tile_config import ALONE, Target, TileConfig, by_load, choose
+from fx_nvfp4.kernels.tile_config import ALONE, Target, TileConfig, by_load, defaults
 from fx_nvfp4.kernels.tile_table import count_blocks_kernel, table_kernel, table_of_counts_kernel
 from fx_nvfp4.kernels.tiled_down import tiled_down_kernel
 from fx_nvfp4.kernels.tiled_up import tiled_up_kernel
 
-LOADS = (1, 10, 40, 200)
-QUICK_LOADS = (1, 200)
+MANY = 200  # slots of an expert
+LOADS = (1, MANY)
 GROUPS = 256
 
 
@@ -31,7 +31,7 @@ def product_constants(target: GPUTarget, config: TileConfig, direct: bool) -> di
 def products(target: GPUTarget, config: TileConfig, direct: bool) -> Iterator[tuple[str, Any, dict[str, Any]]]:
     constants = product_constants(target, config, direct)
     silu = compile_activation(parse("silu(g) * u").to_triton())
-    gated = {"ACTIVATION": silu, "GATED": True, "INTERLEAVED": False, "PERMUTE_H": not direct}
+    gated = {"ACTIVATION": silu, "GATED": True, "INTERLEAVED": False, "PERMUTE_H": not direct, "EARLY": not direct}
     yield "tiled up", tiled_up_kernel, {**constants, **gated}
     yield "tiled down", tiled_down_kernel, constants
 
@@ -54,12 +54,17 @@ def compile_tiled(targets: list[str], full: bool) -> list[dict[str, Any]]:
     for name in targets:
         target = TARGETS[name]
         kind: Target = "hip" if target.backend == "hip" else "hopper" if target.arch == 90 else "cuda"
-        chosen = [(f"{load} slots an expert", by_load(load, kind), False) for load in (LOADS if full else QUICK_LOADS)]
-        chosen.append(("one token", choose(1, 8, 128, kind).up, True))
+        few = next(c for c, direct in defaults(kind) if direct)
+        chosen = [
+            *((f"{load} slots an expert", by_load(load, kind), False) for load in LOADS),
+            ("one token", few, True),
+        ]
+        if full:
+            chosen = [(f"{c.text}{', each slot by itself' * direct}", c, direct) for c, direct in defaults(kind)]
         for dtype in ("bf16", "fp16") if full else ("bf16",):
             calls = [(f"{k}, {what}", *rest) for what, *c in chosen for k, *rest in products(target, *c)]
-            batches = {**product_constants(target, by_load(LOADS[-1], kind), False), "table_ptr": None}
-            calls.append((f"tiled down, batches of {LOADS[-1]}", tiled_down_kernel, batches))
+            batches = {**product_constants(target, by_load(MANY, kind), False), "table_ptr": None}
+            calls.append((f"tiled down, batches of {MANY}", tiled_down_kernel, batches))
             if kind == "hopper":  # the others' are among those above
                 alone = [{**product_constants(target, config, False), "table_ptr": None} for config in ALONE[kind]]
                 names = ("few rows by one weight", "more rows by one weight")

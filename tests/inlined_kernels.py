@@ -23,7 +23,7 @@ from triton.runtime.jit import MockTensor
 
 from fx_nvfp4 import gpu_tiled
 from fx_nvfp4.kernels.launch import Launch, recording
-from fx_nvfp4.kernels.tile_config import choose
+from fx_nvfp4.kernels.tile_config import BlockSizes, choose
 from fx_nvfp4.lowering.kernel_source import kernel_text, parameters_of, specialise
 from fx_nvfp4.moe import make_block
 
@@ -51,7 +51,8 @@ def launches(tokens: int) -> list[Launch]:
         block = make_block(*given[0], *given[1], "silu(g) * u", "concatenated", **act, **modes)
         x = empty(tokens, hidden, dtype=torch.bfloat16)
         ids, weights = empty(tokens, top, dtype=torch.int64), empty(tokens, top, dtype=torch.float32)
-        gpu_tiled.products(x, ids, weights, block, choose(tokens, top, experts, "hopper"))
+        configs = choose(tokens, BlockSizes(experts, top, hidden, inner, True), "hopper")
+        gpu_tiled.products(x, ids, weights, block, configs)
     return [launch._replace(constants=on_hopper(launch)) for launch in found]
 
 

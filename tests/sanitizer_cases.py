@@ -25,7 +25,7 @@ from fx_nvfp4.kernels.config import ENTRY_TOKENS, ROUTING_BLOCK, TABLE_SLOTS_AT_
 from fx_nvfp4.kernels.entry import enter
 from fx_nvfp4.kernels.routing import sort_slots
 from fx_nvfp4.kernels.tile_candidates import candidates
-from fx_nvfp4.kernels.tile_config import ALONE, Target, TileConfig, TileConfigs, by_load, choose, target_of_device
+from fx_nvfp4.kernels.tile_config import Target, TileConfig, TileConfigs, defaults, target_of_device
 from fx_nvfp4.kernels.tile_table import sort_into_tiles
 from fx_nvfp4.prepack import permute_k, prepack
 from fx_nvfp4.reference import Activations
@@ -414,11 +414,11 @@ def tiled_check(
 def configurations(quick: bool) -> list[tuple[TileConfig, bool]]:
     """Those that this GPU may be given: the defaults, and what tuning tries."""
     target: Target = target_of_device(0) if torch.cuda.is_available() else "hopper"
-    loads = (1.0, 10.0, 40.0, 80.0, 300.0)
-    found = [*(by_load(load, target) for load in loads), *ALONE[target]]
+    found = defaults(target)
     if not quick:
-        found += [c for load in loads for c in candidates(load, 2048, target)]
-    return [(choose(1, 2, EXPERTS, target).up, True), *((c, False) for c in dict.fromkeys(found))]
+        loads = (1.0, 10.0, 40.0, 80.0, 300.0)
+        found += [(c, False) for load in loads for c in candidates(load, 2048, target)]
+    return list(dict.fromkeys(found))
 
 
 def describe(config: TileConfig, direct: bool) -> str:

@@ -1,10 +1,13 @@
 """Tile sizes and launch parameters of the kernels on tiled weights."""
 
+from __future__ import annotations
+
+import dataclasses
 import math
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,11 +76,40 @@ def needs_wait(config: TileConfig) -> bool:
 
 @dataclass(frozen=True)
 class TileConfigs:
-    """How a whole block runs: direct, every slot by itself, or slots sorted into tiles of up.largest tokens."""
+    """How a whole block runs: direct, every slot by itself, or slots sorted into tiles of `largest` tokens, of both."""
 
     up: TileConfig
     down: TileConfig
     direct: bool = False
+
+    @property
+    def text(self) -> str:
+        """For reports."""
+        both = self.up.text if self.up == self.down else f"up {self.up.text}; down {self.down.text}"
+        return f"{both}, each slot by itself" if self.direct else both
+
+
+class BlockSizes(NamedTuple):
+    """Of a routed block: hidden is K of its up product, inner that of its down product."""
+
+    experts: int
+    top: int
+    hidden: int
+    inner: int
+    gated: bool
+
+    @property
+    def up_rows(self) -> int:
+        """Of one expert's weight, or of both its weights."""
+        return self.inner * (2 if self.gated else 1)
+
+    def load(self, tokens: int) -> float:
+        """Slots that an expert is expected to have."""
+        return tokens * self.top / self.experts
+
+    def experts_hit(self, tokens: int) -> float:
+        """Experts that are expected to have any."""
+        return self.experts * (1 - (1 - 1 / self.experts) ** (tokens * self.top))
 
 
 def target_of(tensor: Tensor) -> Target:
@@ -93,17 +125,45 @@ def target_of_device(device: int) -> Target:
     return "hopper" if torch.cuda.get_device_capability(device)[0] == 9 else "cuda"
 
 
-def choose(tokens: int, top: int, experts: int, target: Target) -> TileConfigs:
+def choose(tokens: int, sizes: BlockSizes, target: Target) -> TileConfigs:
     """For a routed block."""
-    if tokens <= 2:  # sorting costs more than reading an expert twice
-        return TileConfigs(_FEW_TOKENS[target], _FEW_TOKENS[target], direct=True)
-    config = by_load(tokens * top / experts, target)
-    return TileConfigs(config, config)
+    load = sizes.load(tokens)
+    up, down = _FEW_TOKENS[target]
+    # Sorting takes two launches more, and saves reading an expert again: mostly from the cache, if it is read.
+    if tokens <= 2 or (tokens <= 4 and load <= 0.25 and sizes.hidden % up.block_k == 0):
+        return TileConfigs(fitted(up, sizes.hidden), down, direct=True)
+    of_load = _of_load(load, target)
+
+    def of(config: TileConfig, rows: int) -> TileConfig:
+        programs = sizes.experts_hit(tokens) * math.ceil(load / config.largest) * math.ceil(rows / config.rows)
+        return config if programs > _FILLING else of_load.few
+
+    # Short steps, as fitted() makes them, want tiles of more rows.
+    whole = sizes.hidden % of_load.up.block_k == 0
+    return TileConfigs(
+        fitted(of(of_load.up if whole else of_load.down, sizes.up_rows), sizes.hidden),
+        fitted(of(of_load.down, sizes.hidden), sizes.inner),
+    )
+
+
+def fitted(config: TileConfig, k: int) -> TileConfig:
+    """The same with a step along K that k is a multiple of: where a step is in part beyond K, its loads are masked.
+
+    Shorter steps are loaded further ahead. With 2880 columns a block takes up to a third less time so.
+    """
+    while k % config.block_k and config.block_k > 64:
+        stages = min(config.num_stages * 2, 8)
+        config = dataclasses.replace(config, block_k=config.block_k // 2, num_stages=stages)
+    return config
 
 
 def by_load(each: float, target: Target) -> TileConfig:
     """For experts that are expected to see so many slots each."""
-    return next(config for most, config in _BY_LOAD[target] if each <= most)
+    return _of_load(each, target).down
+
+
+def _of_load(each: float, target: Target) -> _Load:
+    return next(choice for choice in _BY_LOAD[target] if each <= choice.most)
 
 
 def for_rows(rows: int, n: int, target: Target) -> TileConfig:
@@ -119,31 +179,66 @@ def for_rows(rows: int, n: int, target: Target) -> TileConfig:
     return narrow if programs(narrow) <= 2 * _FILLING else wide
 
 
+def defaults(target: Target) -> list[tuple[TileConfig, bool]]:
+    """All that is chosen without tuning, and whether each slot is then by itself."""
+    few = [(fitted(config, k), True) for config in _FEW_TOKENS[target] for k in _ANY_K]
+    sorted_ = [fitted(c, k) for load in _BY_LOAD[target] for c in (load.up, load.down, load.few) for k in _ANY_K]
+    return list(dict.fromkeys([*few, *((c, False) for c in (*sorted_, *ALONE[target]))]))
+
+
+class _Load(NamedTuple):
+    """What serves experts with up to `most` slots each."""
+
+    most: float
+    up: TileConfig
+    down: TileConfig
+    few: TileConfig  # for either, where its own makes few programs
+
+
+def _same(most: float, config: TileConfig) -> _Load:
+    return _Load(most, config, config, config)
+
+
+_ANY_K = (256, 128, 64)  # largest power of two in K: the others are like them
 _FILLING = 256  # programs; an H100 has 132 multiprocessors
-_FEW_TOKENS = {
-    "hopper": TileConfig(32, 8, 8, 256, num_warps=2, num_stages=4),
-    "cuda": TileConfig(32, 8, 8, 256, num_warps=2, num_stages=3),
-    "hip": TileConfig(32, 16, 16, 64, num_warps=2, num_stages=2),
-}
-# Slots of an expert up to which a configuration is taken. Hopper's are the fastest of those tried on an H100 with
-# Triton 3.6; nobody has timed the others, which are the largest that spill no registers.
-_BY_LOAD: dict[Target, tuple[tuple[float, TileConfig], ...]] = {
+# (up, down)
+_FEW_TOKENS: dict[Target, tuple[TileConfig, TileConfig]] = {
     "hopper": (
-        (5, TileConfig(128, 16, 16, 128, num_warps=4, num_stages=4)),
-        (24, TileConfig(128, 16, 32, 128, num_warps=4, num_stages=4)),
-        (48, TileConfig(128, 16, 64, 128, num_warps=4, num_stages=3, at_once=8)),
-        (96, TileConfig(128, 16, 64, 64, num_warps=4, num_stages=4, at_once=8)),
-        (math.inf, TileConfig(128, 16, 128, 64, num_warps=4, num_stages=3, at_once=8)),
+        TileConfig(64, 8, 8, 256, num_warps=4, num_stages=3),
+        TileConfig(32, 8, 8, 256, num_warps=2, num_stages=4),
+    ),
+    "cuda": (TileConfig(32, 8, 8, 256, num_warps=2, num_stages=3),) * 2,
+    "hip": (TileConfig(32, 16, 16, 64, num_warps=2, num_stages=2),) * 2,
+}
+# Hopper's are the fastest of those tried on an H100 with Triton 3.6; nobody has timed the others, which are the largest
+# that spill no registers.
+_BY_LOAD: dict[Target, tuple[_Load, ...]] = {
+    "hopper": (
+        _Load(
+            5,
+            TileConfig(64, 16, 16, 128, num_warps=4, num_stages=4),
+            TileConfig(128, 16, 16, 128, num_warps=4, num_stages=4),
+            TileConfig(64, 16, 16, 256, num_warps=4, num_stages=4),
+        ),
+        _Load(
+            24,
+            TileConfig(128, 16, 32, 128, num_warps=4, num_stages=4),
+            TileConfig(128, 16, 32, 128, num_warps=4, num_stages=4),
+            TileConfig(64, 16, 32, 128, num_warps=4, num_stages=4),
+        ),
+        _same(48, TileConfig(128, 16, 64, 128, num_warps=4, num_stages=3, at_once=8)),
+        _same(96, TileConfig(128, 16, 64, 64, num_warps=4, num_stages=4, at_once=8)),
+        _same(math.inf, TileConfig(128, 16, 128, 64, num_warps=4, num_stages=3, at_once=8)),
     ),
     "cuda": (
-        (5, TileConfig(64, 16, 16, 128, num_warps=4, num_stages=3)),
-        (24, TileConfig(64, 16, 32, 128, num_warps=4, num_stages=3)),
-        (math.inf, TileConfig(64, 16, 64, 64, num_warps=4, num_stages=3, at_once=8)),
+        _same(5, TileConfig(64, 16, 16, 128, num_warps=4, num_stages=3)),
+        _same(24, TileConfig(64, 16, 32, 128, num_warps=4, num_stages=3)),
+        _same(math.inf, TileConfig(64, 16, 64, 64, num_warps=4, num_stages=3, at_once=8)),
     ),
     "hip": (
-        (5, TileConfig(64, 16, 16, 64, num_warps=4, num_stages=2)),
-        (24, TileConfig(64, 16, 32, 64, num_warps=4, num_stages=2)),
-        (math.inf, TileConfig(64, 16, 64, 64, num_warps=4, num_stages=2, at_once=8)),
+        _same(5, TileConfig(64, 16, 16, 64, num_warps=4, num_stages=2)),
+        _same(24, TileConfig(64, 16, 32, 64, num_warps=4, num_stages=2)),
+        _same(math.inf, TileConfig(64, 16, 64, 64, num_warps=4, num_stages=2, at_once=8)),
     ),
 }
 # (for few, for more) programs of one weight alone. Hopper's are by `python benchmarks/bench_linear.py` on an H100, the
@@ -153,6 +248,6 @@ ALONE: dict[Target, tuple[TileConfig, TileConfig]] = {
         TileConfig(64, 16, 16, 256, num_warps=4, num_stages=3),
         TileConfig(128, 16, 64, 128, num_warps=4, num_stages=3, at_once=8),
     ),
-    "cuda": (_BY_LOAD["cuda"][0][1], _BY_LOAD["cuda"][1][1]),
-    "hip": (_BY_LOAD["hip"][0][1], _BY_LOAD["hip"][1][1]),
+    "cuda": (_BY_LOAD["cuda"][0].down, _BY_LOAD["cuda"][1].down),
+    "hip": (_BY_LOAD["hip"][0].down, _BY_LOAD["hip"][1].down),
 }

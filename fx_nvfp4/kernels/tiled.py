@@ -27,7 +27,6 @@ def finish_products():
 def product(
     words_ptr,
     scales_ptr,
-    tile_mask,
     x_ptrs,
     x_mask,
     K,
@@ -45,9 +44,9 @@ def product(
 
     Args:
         words_ptr, scales_ptr: of the first chunk of each tile of 16 rows, [ROWS / 16].
-        tile_mask: [ROWS / 16], and K not a multiple of BLOCK_K: looked at only if MASKED.
         x_ptrs: of each row's first element, [TOKENS].
         x_mask: [TOKENS].
+        MASKED: K is not a multiple of BLOCK_K.
         PERMUTED: x's columns are in the order of prepack.permute_k; else they are in their own, and are read in fours.
         WAIT: see tile_config.needs_wait.
     """
@@ -64,8 +63,8 @@ def product(
     for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         if MASKED:
             left = K - start
-            words = tl.load(words_ptrs, mask=tile_mask[:, None] & (word // 2 < left)[None, :], other=0)
-            scales = tl.load(scales_ptrs, mask=tile_mask[:, None] & (lane * 2 < left)[None, :], other=0)
+            words = tl.load(words_ptrs, mask=(word // 2 < left)[None, :], other=0)
+            scales = tl.load(scales_ptrs, mask=(lane * 2 < left)[None, :], other=0)
             x = tl.load(x_ptrs, mask=x_mask[:, None] & (k < left)[None, :], other=0.0)
         else:
             words = tl.load(words_ptrs)

@@ -22,7 +22,6 @@ def down_tile(
     x_ptr,
     words,
     scales,
-    tile_mask,
     global_scale_ptr,
     bias_ptr,
     factor,
@@ -46,9 +45,7 @@ def down_tile(
     slots, mask = slots_of_tile(table_ptr, first, count, TOKENS, DIRECT)
     x_ptrs = x_ptr + slots * K
     scale = row_scale(global_scale_ptr, stride_gn, output, N, factor)
-    acc = product(
-        words, scales, tile_mask, x_ptrs, mask, K, ROWS, TOKENS, BLOCK_K, STAGES, MASKED, PERMUTED, WAIT, dtype, FORM
-    )
+    acc = product(words, scales, x_ptrs, mask, K, ROWS, TOKENS, BLOCK_K, STAGES, MASKED, PERMUTED, WAIT, dtype, FORM)
     y = scaled(acc, scale, bias_ptr, stride_bn, output, N, dtype)
     ptrs = out_ptr + slots[:, None] * N + output[None, :]
     tl.store(ptrs, tl.trans(y.to(dtype)), mask=mask[:, None] & (output < N)[None, :])
@@ -97,6 +94,7 @@ def tiled_down_kernel(
         wait_for_inputs(PDL)
         return
     own = part * (ROWS // 16) + tl.arange(0, ROWS // 16)
+    own = tl.minimum(own, N // 16 - 1)  # past the last row, which is not stored, any row will do
     words, scales = first_chunks(words_ptr, scales_ptr, expert, own, stride_we, K)
     if PDL:
         if PREFETCHED:
@@ -117,7 +115,6 @@ def tiled_down_kernel(
                 x_ptr,
                 words,
                 scales,
-                own < N // 16,
                 global_scale_ptr,
                 bias_ptr,
                 factor,
@@ -168,6 +165,6 @@ def down(rows: Rows, weight: TiledOperand, routing: Routing, config: TileConfig,
         weight.k,
         *weight.strides(),
         stride(rows.scale),
-        **constants(rows, routing, config, bool(weight.n % config.rows or weight.k % config.block_k)),
+        **constants(rows, routing, config),
     )
     return out

@@ -95,19 +95,21 @@ class Rows(NamedTuple):
     x: Tensor
     permuted: bool
     scale: Tensor | None  # float64 [] or [E], multiplied into the sum
+    # Whether a kernel of ours that waited for the routing, too, wrote them, and was launched last.
+    last: bool = True
 
 
 def stride(scale: Tensor | None) -> int:
     return scale.stride(0) if scale is not None and scale.ndim else 0
 
 
-def constants(rows: Rows, routing: Routing, config: TileConfig, masked: bool) -> dict[str, Any]:
+def constants(rows: Rows, routing: Routing, config: TileConfig) -> dict[str, Any]:
     form = form_of(rows.x)
     return {
         "PERMUTED": rows.permuted,
         "DIRECT": routing.direct,
         "FORM": form,
-        "MASKED": masked,
+        "MASKED": rows.x.shape[-1] % config.block_k != 0,
         "WAIT": form == "sm90" and needs_wait(config),
         "PREFETCHED": min(config.prefetched, next_power_of_2(rows.x.shape[-1] + 1) // 2),
         **config.meta(),

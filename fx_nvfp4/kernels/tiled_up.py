@@ -29,7 +29,6 @@ def up_tile(
     x_ptr,
     words,
     scales,
-    tile_mask,
     gate_global_scale_ptr,
     gate_bias_ptr,
     global_scale_ptr,
@@ -64,9 +63,7 @@ def up_tile(
     scale = row_scale(global_scale_ptr, stride_gn, output, N, factor)
     if GATED:
         gate_scale = row_scale(gate_global_scale_ptr, stride_gn, output, N, factor)
-    acc = product(
-        words, scales, tile_mask, x_ptrs, mask, K, ROWS, TOKENS, BLOCK_K, STAGES, MASKED, PERMUTED, WAIT, dtype, FORM
-    )
+    acc = product(words, scales, x_ptrs, mask, K, ROWS, TOKENS, BLOCK_K, STAGES, MASKED, PERMUTED, WAIT, dtype, FORM)
     up = acc
     if GATED:
         if INTERLEAVED:
@@ -129,6 +126,7 @@ def tiled_up_kernel(
     MASKED: tl.constexpr,
     WAIT: tl.constexpr,
     PREFETCHED: tl.constexpr,
+    EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """out[slot, :N] = ACTIVATION(gate, up) of x's row slot // slots_per_row.
@@ -137,12 +135,12 @@ def tiled_up_kernel(
     are the first half of a tile's, or in turn with up's where the weight holds them so (INTERLEAVED, then
     gate_words is not read). DIRECT: every slot is a tile of its own, and table holds ids, maybe of the last kernel.
     """
-    if DIRECT:
+    if not EARLY:
         wait_for_inputs(PDL)
     tile, part = find_work(tiles, parts, AT_ONCE)
     expert, count, first = find_tile(table_ptr, tile, 0, SMALLEST << (BODIES - 1), DIRECT)
     if (count == 0) | (expert < 0) | (expert >= experts):
-        if not DIRECT:
+        if EARLY:
             wait_for_inputs(PDL)
         return
     HALVES: tl.constexpr = GATED and not INTERLEAVED
@@ -152,11 +150,12 @@ def tiled_up_kernel(
     weight_tiles = N // 8 if INTERLEAVED else N // 16
     if HALVES:
         own = part * (R // 2) + row_tile % (R // 2)
+    own = tl.minimum(own, weight_tiles - 1)  # past the last row, which is not stored, any row will do
     words, scales = first_chunks(words_ptr, scales_ptr, expert, own, stride_we, K)
     if HALVES:
         words += tl.where(row_tile < R // 2, distance(gate_words_ptr, words_ptr, 4), 0)
         scales += tl.where(row_tile < R // 2, distance(gate_scales_ptr, scales_ptr, 2), 0)
-    if PDL and not DIRECT:
+    if PDL and EARLY:
         if PREFETCHED:
             prefetch(words, PREFETCHED)
         wait_for_inputs(PDL)
@@ -182,7 +181,6 @@ def tiled_up_kernel(
                 x_ptr,
                 words,
                 scales,
-                own < weight_tiles,
                 gate_global_scale_ptr,
                 gate_bias_ptr,
                 global_scale_ptr,
@@ -270,6 +268,7 @@ def up(
         GATED=gate is not None,
         INTERLEAVED=interleaved,
         PERMUTE_H=permuted,
-        **constants(rows, routing, config, bool(weight.n % outputs or weight.k % config.block_k)),
+        **constants(rows, routing, config),
+        EARLY=rows.last,
     )
     return out
