@@ -34,13 +34,13 @@ class Recorded:
         if alike not in self._seen:
             self._seen.add(alike)
             with _as_if_recorded():
-                return self._forward(**kwargs)
+                return self._forward(**tree_unflatten(_copies(leaves), form))
         if alike not in self._graphs:
             self._graphs[alike] = self._record(leaves, form)
         return self._graphs[alike].replay(leaves)
 
     def _record(self, leaves: list[Any], form: Any) -> _Graph:
-        kept = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        kept = _copies(leaves)
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         with torch.cuda.graph(graph):
@@ -75,6 +75,11 @@ class _Graph:
                 mine.copy_(given)
         self.graph.replay()
         return self.result
+
+
+def _copies(leaves: list[Any]) -> list[Any]:
+    """Leaves whose tensors are no views: code is compiled anew where a view was and is none, or the reverse."""
+    return [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
 
 def _kind(leaf: Any) -> Any:
