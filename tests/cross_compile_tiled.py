@@ -11,7 +11,7 @@ from fx_nvfp4.kernels.activation import compile_activation
 from fx_nvfp4.kernels.config import ENTRY_BLOCK, TABLE_BLOCK, TABLE_COUNTED, TABLE_SLOTS_AT_ONCE
 from fx_nvfp4.kernels.entry import entry_kernel
 from fx_nvfp4.kernels.fragments import decode_form
-from fx_nvfp4.kernels.tile_config import ALONE, Target, TileConfig, by_load, defaults
+from fx_nvfp4.kernels.tile_config import ALONE, Target, TileConfig, TileConfigs, by_load, defaults
 from fx_nvfp4.kernels.tile_table import count_blocks_kernel, table_kernel, table_of_counts_kernel
 from fx_nvfp4.kernels.tiled_down import tiled_down_kernel
 from fx_nvfp4.kernels.tiled_up import tiled_up_kernel
@@ -28,12 +28,12 @@ def product_constants(target: GPUTarget, config: TileConfig, direct: bool) -> di
     return {**constants, "PREFETCHED": config.prefetched, "PDL": pdl, **config.meta()}
 
 
-def products(target: GPUTarget, config: TileConfig, direct: bool) -> Iterator[tuple[str, Any, dict[str, Any]]]:
-    constants = product_constants(target, config, direct)
+def products(target: GPUTarget, configs: TileConfigs) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    direct = configs.direct
     silu = compile_activation(parse("silu(g) * u").to_triton())
     gated = {"ACTIVATION": silu, "GATED": True, "INTERLEAVED": False, "PERMUTE_H": not direct, "EARLY": not direct}
-    yield "tiled up", tiled_up_kernel, {**constants, **gated}
-    yield "tiled down", tiled_down_kernel, constants
+    yield "tiled up", tiled_up_kernel, {**product_constants(target, configs.up, direct), **gated}
+    yield "tiled down", tiled_down_kernel, product_constants(target, configs.down, direct)
 
 
 def others(target: GPUTarget) -> Iterator[tuple[str, Any, dict[str, Any]]]:
@@ -62,7 +62,7 @@ def compile_tiled(targets: list[str], full: bool) -> list[dict[str, Any]]:
         if full:
             chosen = [(f"{c.text}{', each slot by itself' * direct}", c, direct) for c, direct in defaults(kind)]
         for dtype in ("bf16", "fp16") if full else ("bf16",):
-            calls = [(f"{k}, {what}", *rest) for what, *c in chosen for k, *rest in products(target, *c)]
+            calls = [(f"{k}, {what}", *rest) for what, c in chosen for k, *rest in products(target, c)]
             batches = {**product_constants(target, by_load(MANY, kind), False), "table_ptr": None}
             calls.append((f"tiled down, batches of {MANY}", tiled_down_kernel, batches))
             if kind == "hopper":  # the others' are among those above

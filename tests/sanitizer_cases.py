@@ -25,7 +25,7 @@ from fx_nvfp4.kernels.config import ENTRY_TOKENS, ROUTING_BLOCK, TABLE_SLOTS_AT_
 from fx_nvfp4.kernels.entry import enter
 from fx_nvfp4.kernels.routing import sort_slots
 from fx_nvfp4.kernels.tile_candidates import candidates
-from fx_nvfp4.kernels.tile_config import Target, TileConfig, TileConfigs, defaults, target_of_device
+from fx_nvfp4.kernels.tile_config import Target, TileConfigs, defaults, target_of_device
 from fx_nvfp4.kernels.tile_table import sort_into_tiles
 from fx_nvfp4.prepack import permute_k, prepack
 from fx_nvfp4.reference import Activations
@@ -382,12 +382,11 @@ def tiled_moe(quick: bool) -> Checks:
                     sizes = ((64, 64), (128, 192))[number % 2]
                     what = f"{tokens} tokens, {pattern}, {sizes[0]} x {sizes[1]}, {layout}, {name(dtype)}"
                     yield f"{what}, activations {mode}", tiled_check(tokens, pattern, sizes, layout, mode, dtype)
-    for config, direct in configurations(quick):
+    for configs in configurations(quick):
         for number, pattern in enumerate(PATTERNS):
             sizes = ((320, 128), (64, 192))[number % 2]
-            tokens = 3 if direct else 33 if quick else 75
-            configs = TileConfigs(config, config, direct)
-            what = f"{tokens} tokens, {pattern}, {sizes[0]} x {sizes[1]}, {describe(config, direct)}"
+            tokens = 3 if configs.direct else 33 if quick else 75
+            what = f"{tokens} tokens, {pattern}, {sizes[0]} x {sizes[1]}, {describe(configs)}"
             check = tiled_check(tokens, pattern, sizes, "concatenated", "none", HALVES[number // 2], configs)
             if not quick or pattern == "one expert":
                 yield what, check
@@ -411,19 +410,19 @@ def tiled_check(
     return check
 
 
-def configurations(quick: bool) -> list[tuple[TileConfig, bool]]:
+def configurations(quick: bool) -> list[TileConfigs]:
     """Those that this GPU may be given: the defaults, and what tuning tries."""
     target: Target = target_of_device(0) if torch.cuda.is_available() else "hopper"
     found = defaults(target)
     if not quick:
         loads = (1.0, 10.0, 40.0, 80.0, 300.0)
-        found += [(c, False) for load in loads for c in candidates(load, 2048, target)]
+        found += [TileConfigs(c, c) for load in loads for c in candidates(load, 2048, target)]
     return list(dict.fromkeys(found))
 
 
-def describe(config: TileConfig, direct: bool) -> str:
-    turns = f", {config.at_once} in turns" if config.at_once > 1 else ""
-    return config.text + turns + (", every slot by itself" if direct else "")
+def describe(configs: TileConfigs) -> str:
+    turns = f", {configs.up.at_once} in turns" if configs.up.at_once > 1 else ""
+    return configs.text + turns
 
 
 TILED: dict[str, Callable[[bool], Checks]] = {

@@ -128,15 +128,20 @@ def target_of_device(device: int) -> Target:
 def choose(tokens: int, sizes: BlockSizes, target: Target) -> TileConfigs:
     """For a routed block."""
     load = sizes.load(tokens)
-    up, down = _FEW_TOKENS[target]
+    up, down, long = _FEW_TOKENS[target]
     # Sorting takes two launches more, and saves reading an expert again: mostly from the cache, if it is read.
     if tokens <= 2 or (tokens <= 4 and load <= 0.25 and sizes.hidden % up.block_k == 0):
-        return TileConfigs(fitted(up, sizes.hidden), down, direct=True)
+        programs = tokens * sizes.top * math.ceil(sizes.hidden / down.rows)
+        last = long if sizes.inner >= 4096 and programs <= 2 * _FILLING else down
+        return TileConfigs(fitted(up, sizes.hidden), last, direct=True)
     of_load = _of_load(load, target)
 
     def of(config: TileConfig, rows: int) -> TileConfig:
-        programs = sizes.experts_hit(tokens) * math.ceil(load / config.largest) * math.ceil(rows / config.rows)
-        return config if programs > _FILLING else of_load.few
+        def programs(c: TileConfig) -> float:
+            return sizes.experts_hit(tokens) * math.ceil(load / c.largest) * math.ceil(rows / c.rows)
+
+        few, more = of_load.few
+        return config if programs(config) > _FILLING else few if programs(few) <= _AT_ONCE else more
 
     # Short steps, as fitted() makes them, want tiles of more rows.
     whole = sizes.hidden % of_load.up.block_k == 0
@@ -179,11 +184,12 @@ def for_rows(rows: int, n: int, target: Target) -> TileConfig:
     return narrow if programs(narrow) <= 2 * _FILLING else wide
 
 
-def defaults(target: Target) -> list[tuple[TileConfig, bool]]:
-    """All that is chosen without tuning, and whether each slot is then by itself."""
-    few = [(fitted(config, k), True) for config in _FEW_TOKENS[target] for k in _ANY_K]
-    sorted_ = [fitted(c, k) for load in _BY_LOAD[target] for c in (load.up, load.down, load.few) for k in _ANY_K]
-    return list(dict.fromkeys([*few, *((c, False) for c in (*sorted_, *ALONE[target]))]))
+def defaults(target: Target) -> list[TileConfigs]:
+    """Pairs that hold all that is chosen without tuning, for each product."""
+    up, *downs = _FEW_TOKENS[target]
+    few = [TileConfigs(fitted(up, k), down, direct=True) for down in downs for k in _ANY_K]
+    alike = [fitted(c, k) for load in _BY_LOAD[target] for c in (load.up, load.down, *load.few) for k in _ANY_K]
+    return list(dict.fromkeys([*few, *(TileConfigs(c, c) for c in (*alike, *ALONE[target]))]))
 
 
 class _Load(NamedTuple):
@@ -192,23 +198,26 @@ class _Load(NamedTuple):
     most: float
     up: TileConfig
     down: TileConfig
-    few: TileConfig  # for either, where its own makes few programs
+    # For either, where its own makes few programs: up to _AT_ONCE of these, and more.
+    few: tuple[TileConfig, TileConfig]
 
 
 def _same(most: float, config: TileConfig) -> _Load:
-    return _Load(most, config, config, config)
+    return _Load(most, config, config, (config, config))
 
 
-_ANY_K = (256, 128, 64)  # largest power of two in K: the others are like them
+_ANY_K = (256, 128, 64)  # the largest power of two in K, of which the first stands for those above
+_AT_ONCE = 396  # programs of 64 rows that an H100 holds at a time, four steps of 256 columns loaded ahead
 _FILLING = 256  # programs; an H100 has 132 multiprocessors
-# (up, down)
-_FEW_TOKENS: dict[Target, tuple[TileConfig, TileConfig]] = {
+# (up, down, down of few and long programs)
+_FEW_TOKENS: dict[Target, tuple[TileConfig, TileConfig, TileConfig]] = {
     "hopper": (
         TileConfig(64, 8, 8, 256, num_warps=4, num_stages=3),
         TileConfig(32, 8, 8, 256, num_warps=2, num_stages=4),
+        TileConfig(16, 8, 8, 512, num_warps=1, num_stages=3),
     ),
-    "cuda": (TileConfig(32, 8, 8, 256, num_warps=2, num_stages=3),) * 2,
-    "hip": (TileConfig(32, 16, 16, 64, num_warps=2, num_stages=2),) * 2,
+    "cuda": (TileConfig(32, 8, 8, 256, num_warps=2, num_stages=3),) * 3,
+    "hip": (TileConfig(32, 16, 16, 64, num_warps=2, num_stages=2),) * 3,
 }
 # Hopper's are the fastest of those tried on an H100 with Triton 3.6; nobody has timed the others, which are the largest
 # that spill no registers.
@@ -218,13 +227,16 @@ _BY_LOAD: dict[Target, tuple[_Load, ...]] = {
             5,
             TileConfig(64, 16, 16, 128, num_warps=4, num_stages=4),
             TileConfig(128, 16, 16, 128, num_warps=4, num_stages=4),
-            TileConfig(64, 16, 16, 256, num_warps=4, num_stages=4),
+            (
+                TileConfig(64, 16, 16, 256, num_warps=4, num_stages=4),
+                TileConfig(64, 16, 16, 256, num_warps=4, num_stages=3),
+            ),
         ),
         _Load(
             24,
             TileConfig(128, 16, 32, 128, num_warps=4, num_stages=4),
             TileConfig(128, 16, 32, 128, num_warps=4, num_stages=4),
-            TileConfig(64, 16, 32, 128, num_warps=4, num_stages=4),
+            (TileConfig(64, 16, 32, 128, num_warps=4, num_stages=4),) * 2,
         ),
         _same(48, TileConfig(128, 16, 64, 128, num_warps=4, num_stages=3, at_once=8)),
         _same(96, TileConfig(128, 16, 64, 64, num_warps=4, num_stages=4, at_once=8)),
