@@ -157,7 +157,7 @@ def checkpoint(rank, ranks, device, folder):
 def linear_layers(rank, ranks, device):
     """Attention and experts of a transformers model, by its own tp_plan: logits, and gradients of the embeddings."""
     mesh = init_device_mesh(device, (ranks,))
-    whole = transformers_model("Qwen3Moe", torch.float32).to(device)
+    whole = transformers_model("Qwen3Moe", torch.float32, num_hidden_layers=1).to(device)
     fx_nvfp4.quantize_(whole, NVFP4Config(activations="static"))
     ids = torch.arange(2, 26, device=device).view(2, 12)
     with torch.no_grad(), fx_nvfp4.calibrate(whole):
@@ -173,14 +173,14 @@ def linear_layers(rank, ranks, device):
     with torch.no_grad(), collect_reports() as report:
         found["compiled"] = compiled(sharded, device)(ids).logits, whole(ids).logits
     assert not report.refused, report
-    assert [m.op for m in report.matched].count("linear") == 8, report
+    assert [m.op for m in report.matched].count("linear") == 4, report
     embedded = whole.get_input_embeddings()(ids).detach()
     both = []
     for model in (sharded, whole):
         x = embedded.clone().requires_grad_()
         both.append(torch.autograd.grad(model(inputs_embeds=x).logits.square().sum(), x))
     found["gradients"] = tuple(both)
-    return found
+    return found | dense_linear_layers(rank, ranks, device)
 
 
 def dense_linear_layers(rank, ranks, device):

@@ -359,6 +359,7 @@ def test_near_misses_stay_and_are_reported_and_their_rows_are_not_rounded_again(
         torch.testing.assert_close(y, plain(x), rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.in_part(3)
 @pytest.mark.parametrize(
     "keep",
     [

@@ -51,6 +51,7 @@ def check(run, model, *inputs):
 # Numbers of tokens
 
 
+@pytest.mark.in_part(2)
 @pytest.mark.parametrize("codegen", [False, True])
 @torch.no_grad()
 def test_symbolic_numbers_of_tokens_down_to_none(prepack, codegen):
@@ -104,6 +105,7 @@ ROUTINGS = {
 }
 
 
+@pytest.mark.in_part(6)
 @pytest.mark.parametrize("routing", ROUTINGS.values(), ids=ROUTINGS)
 @torch.no_grad()
 def test_routings(prepack, routing):

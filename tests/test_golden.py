@@ -94,7 +94,7 @@ def test_products_round_activations_to_each_producers_codes(dialect, dtype, i, b
     assert torch.equal(got.cpu(), want)
 
 
-@pytest.mark.in_part(8)
+@pytest.mark.in_part(16)
 @pytest.mark.parametrize("product", ["first", "second"])
 @pytest.mark.parametrize(("dialect", "dtype", "i"), [c for c in CASES if c[0] == "hardware" or c[2] == 2])
 def test_blocks_round_before_either_product_to_each_producers_codes(dialect, dtype, i, product, body):

@@ -99,12 +99,13 @@ def test_layouts(layout, dtype, device):
     assert all(f"def {name}_" in code for name in KERNELS)
 
 
+@pytest.mark.in_part(2)
 @pytest.mark.parametrize("per_expert", [False, True])
 def test_rounded_activations(per_expert, device):
     check(make(device=device, act=activations("static", "hardware", per_expert, 4, device)), 7, device)
 
 
-@pytest.mark.in_part(3)
+@pytest.mark.in_part(6)
 @pytest.mark.parametrize("weighted", ["output", "input"])
 @pytest.mark.parametrize("tokens", [2, 5, 40])
 def test_numbers_of_tokens(weighted, tokens, device):
@@ -177,6 +178,7 @@ def test_what_is_more_than_launches_stays_a_call(block, device):
     torch.testing.assert_close(result, call(block, x, ids, weights), rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.in_part(2)
 @pytest.mark.parametrize("op", ["linear", "batched"])
 @pytest.mark.parametrize("mode", ["none", "static"])
 def test_products_are_inlined_too(op, mode, device):

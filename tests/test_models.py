@@ -62,7 +62,7 @@ def test_bf16_agrees_by_mean(device, name):
     input_ids, expected = reference(name, device)
     model = fx_nvfp4.load(CHECKPOINTS[name], device, progress=False)
     assert model.dtype == torch.bfloat16
-    logits, _ = compiled_logits(model, input_ids)
+    logits, _ = compiled_logits(model, input_ids, codegen=False)
     other = model(input_ids).logits
     assert (logits.float() - expected).abs().mean() < 0.4
     assert (logits.float() - other.float()).abs().mean() < 0.4
@@ -98,6 +98,7 @@ def test_both_expert_implementations_become_ops(device, implementation, lift):
 def test_the_eager_expert_loop_is_named_with_what_to_do():
     input_ids, _ = reference(SMALL.name, "cpu")
     model = fx_nvfp4.load(SMALL, progress=False)
+    model.model.layers = model.model.layers[:1]
     model.set_experts_implementation("eager")
     report = fx_nvfp4.explain(model, input_ids)
     assert any('set_experts_implementation("grouped_mm")' in note for note in report.notes)

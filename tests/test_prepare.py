@@ -76,7 +76,7 @@ def fused_parent(name, dtype):
     return module, inputs, expected
 
 
-@pytest.mark.in_part(3)
+@pytest.mark.in_part(6)
 @pytest.mark.parametrize(
     ("name", "dtype"), [*((n, torch.float32) for n in PARENTS), *((n, torch.bfloat16) for n in ROUNDED)], ids=str
 )
@@ -111,7 +111,7 @@ def test_it_compiles_to_one_graph_of_one_moe_op(name):
     assert not report.refused
 
 
-@pytest.mark.in_part(3)
+@pytest.mark.in_part(6)
 @pytest.mark.parametrize("activations", ["none", "static", "dynamic"])
 @pytest.mark.parametrize("expert", MLPS)
 def test_every_kind_of_expert(expert, activations):

@@ -106,26 +106,28 @@ def check(model, inputs, op):
     assert [m.op for m in report.matched] == [op, "input_grad"]
 
 
+@pytest.mark.in_part(3)
 @pytest.mark.parametrize("name", ONE)
 def test_one_weight(name):
     body, inputs = ONE[name]
     check(Packed(N, K, body=body), (inputs,), "linear")
 
 
-@pytest.mark.in_part(3)
+@pytest.mark.in_part(6)
 @pytest.mark.parametrize("name", ALL)
 def test_all_experts(name):
     body, inputs, op = ALL[name]
     check(Packed(E, N, K, body=body), (inputs,), op)
 
 
-@pytest.mark.in_part(3)
+@pytest.mark.in_part(6)
 @pytest.mark.parametrize("name", CHOSEN)
 def test_chosen_experts(name):
     body, *inputs = CHOSEN[name]
     check(Packed(E, N, K, body=body), inputs, "indexed")
 
 
+@pytest.mark.in_part(2)
 @pytest.mark.parametrize("name", GROUPS)
 def test_groups(name):
     model = Packed(E, N, K, body=GROUPS[name])

@@ -110,7 +110,7 @@ def test_mse_finds_the_best_of_all_scales_for_nearly_every_block():
 @pytest.mark.parametrize("rule", RULES)
 def test_no_copy_of_a_weight_is_made(rule, monkeypatch):
     monkeypatch.setattr(pack, "_CHUNK", 4 * HIDDEN)
-    model = transformers_model("Qwen3Moe")
+    model = transformers_model("Qwen3Moe", num_hidden_layers=1)
     with Allocations() as made:
         quantize_(model, NVFP4Config(block_scale=rule))
     assert made.largest < EXPERTS * INNER * HIDDEN / 8
@@ -396,10 +396,10 @@ def static(model, x):
 
 @pytest.mark.parametrize("family", ["Qwen3Moe", "Mixtral"])
 def test_static_transformers_models_compile_to_what_they_are_in_eager(family):
-    model = static(transformers_model(family, torch.float32), token_ids())
-    report = check_compiled(model, token_ids(), 12)
+    model = static(transformers_model(family, torch.float32, num_hidden_layers=1), token_ids())
+    report = check_compiled(model, token_ids(), 6)
     assert {m.activations.split(",")[0] for m in report.matched} == {"W4A4 static", "W4A4 static per-expert"}
-    assert [b.lifted for b in report.blocks] == [True, True]
+    assert [b.lifted for b in report.blocks] == [True]
 
 
 @pytest.mark.parametrize("transposed", [False, True])

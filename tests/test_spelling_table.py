@@ -86,7 +86,7 @@ def plain(decode, dtype):
     return lambda m, q, s, g: by_blocks(decode(q), s.float() * g).to(dtype)
 
 
-@pytest.mark.in_part(8)
+@pytest.mark.in_part(16)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", DECODERS)
 def test_decoders(name, dtype):
@@ -110,7 +110,7 @@ def _signed(magnitude, q):
     return torch.where(_codes(q) > 7, -magnitude, magnitude)
 
 
-@pytest.mark.in_part(2)
+@pytest.mark.in_part(4)
 @pytest.mark.parametrize("held", ["buffer", "global", "inline"])
 @pytest.mark.parametrize("entries", TABLES)
 def test_tables(entries, held):
@@ -162,7 +162,7 @@ def _both_nibbles(even, odd):
     return torch.stack((TABLE[even.int()], TABLE[odd.int()]), -1).flatten(-2)
 
 
-@pytest.mark.in_part(2)
+@pytest.mark.in_part(4)
 @pytest.mark.parametrize("name", PACKINGS)
 def test_packings(name):
     pack, decode = PACKINGS[name]
@@ -243,7 +243,7 @@ SCALES = {  # name -> (scale(v, s, g, dtype) -> weight, store(q, s, g) or None f
 }
 
 
-@pytest.mark.in_part(4)
+@pytest.mark.in_part(8)
 @pytest.mark.parametrize("decode", ["lookup", "arithmetic", "slice_assign"])
 @pytest.mark.parametrize("name", SCALES)
 def test_scales(name, decode):

@@ -155,6 +155,7 @@ def expected(module, x, ids, offs):
     return chosen, chosen, grouped, lin, lin[None], x @ w[2].T, x @ w[1].T, x @ w[:, N // 2 :].mT
 
 
+@pytest.mark.in_part(3)
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_products_equal_dense_ones_eager_and_compiled_in_one_graph(context, layout):

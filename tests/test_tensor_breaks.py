@@ -79,7 +79,7 @@ VIEWS = {
 }
 
 
-@pytest.mark.in_part(2)
+@pytest.mark.in_part(5)
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 @pytest.mark.parametrize("kind", ["ours", "torchao"])
 @pytest.mark.parametrize("name", VIEWS)

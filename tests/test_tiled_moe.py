@@ -88,7 +88,7 @@ def make(
     return Block(up, projection(experts, hidden, inner, device, act, bias), parse(text), layout, weighted)
 
 
-@pytest.mark.in_part(3)
+@pytest.mark.in_part(8)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("layout", ["concatenated", "interleaved", "separate", "plain"])
 @pytest.mark.parametrize("bias", [False, True])
@@ -115,7 +115,7 @@ CONFIGS = [
 ]
 
 
-@pytest.mark.in_part(5)
+@pytest.mark.in_part(10)
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("sizes", [(128, 64), (64, 192), pytest.param((320, 128), marks=pytest.mark.slow)], ids=str)
 def test_every_configuration_with_uneven_experts(config, sizes, device):
@@ -140,7 +140,7 @@ def activations(mode: str, dialect: str, per_expert: bool, experts: int, device:
     return Activations(mode, scale, dialect)
 
 
-@pytest.mark.in_part(4)
+@pytest.mark.in_part(8)
 @pytest.mark.parametrize("mode", [STATIC, DYNAMIC])
 @pytest.mark.parametrize("dialect", ["hardware", "vllm"])
 @pytest.mark.parametrize("per_expert", [False, True])
@@ -181,7 +181,7 @@ def test_routing_weights_on_the_input(tokens, device):
     check(block, x, *routing(tokens, 1, 4, device))
 
 
-@pytest.mark.in_part(2)
+@pytest.mark.in_part(4)
 @pytest.mark.parametrize("mode", ["none", STATIC, DYNAMIC])
 @pytest.mark.parametrize("op", ["linear", "batched", "indexed", "grouped"])
 def test_products_of_other_ops(op, mode, device):
@@ -241,7 +241,7 @@ def test_rows_of_slots_are_weighted_and_rounded_by_their_experts(tokens, device)
     torch.testing.assert_close(found, permute_k(expected), rtol=0, atol=0)
 
 
-@pytest.mark.in_part(4)
+@pytest.mark.in_part(8)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("scale", [2.0**-20, 0.003, 1.0, 700.0])
 def test_rows_enter_with_the_oracle_s_bits(dtype, scale, device):

@@ -105,6 +105,7 @@ class Adapted(SpelledMoE):
         return [p for n, p in self.named_parameters() if n != "router" or self.style != "linear"]
 
 
+@pytest.mark.in_part(2)
 @pytest.mark.parametrize("style", FP32_STYLES)
 def test_gradients_are_those_of_eager_and_nothing_dense_is_made(style, graphs):
     model = Adapted(style)
@@ -209,6 +210,7 @@ class Packed(nn.Module):
         return [p for p in self.parameters() if p.requires_grad]
 
 
+@pytest.mark.in_part(3)
 @pytest.mark.parametrize("activations", ["none", "static", "dynamic"])
 @pytest.mark.parametrize("style", ["batched", "grouped"])
 def test_packed_parameters(style, activations, graphs):

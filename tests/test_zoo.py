@@ -103,7 +103,7 @@ def table() -> list[tuple[str, str, torch.dtype, str]]:
     return rows
 
 
-@pytest.mark.in_part(12)
+@pytest.mark.in_part(24)
 @pytest.mark.parametrize(("style", "packing", "dtype", "dynamic"), table())
 def test_style_with_spellings(style, packing, dtype, dynamic):
     form = "separate" if packing.count(",") == 2 else "concatenated"
@@ -113,7 +113,7 @@ def test_style_with_spellings(style, packing, dtype, dynamic):
     emulated(recipe, dynamic)
 
 
-@pytest.mark.in_part(4)
+@pytest.mark.in_part(8)
 @pytest.mark.parametrize("style", STYLES)
 def test_weights_in_tiles_become_what_canonical_ones_become(style):
     form = ("concatenated", "interleaved", "separate")[list(STYLES).index(style) % 3]
@@ -123,7 +123,7 @@ def test_weights_in_tiles_become_what_canonical_ones_become(style):
     assert {m.source for m in o.report.matched} == {"packed tensor, tiles"}
 
 
-@pytest.mark.in_part(3)
+@pytest.mark.in_part(6)
 @pytest.mark.parametrize("style", ["linear", "einsum", "grouped_mm", "dense_einsum", "titan_padded", "list_masked"])
 def test_everything_dynamic(style):
     emulated(Recipe(style=style, dtype=torch.bfloat16, experts=2), "all")
@@ -137,7 +137,7 @@ FORMS = [
 ]
 
 
-@pytest.mark.in_part(10)
+@pytest.mark.in_part(20)
 @pytest.mark.parametrize(
     ("form", "style"),
     list(itertools.product(FORMS, STYLES)),
@@ -157,7 +157,7 @@ def test_activations(activation):
         emulated(Recipe(style=style, activation=activation, packing=TENSOR))
 
 
-@pytest.mark.in_part(10)
+@pytest.mark.in_part(20)
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("style", ["dense_bmm", "grouped_mm", "batched_mm", "titan"])
 def test_routings(style, routing):
@@ -176,7 +176,7 @@ def test_rows_of_absent_experts_are_masked(style, routing, monkeypatch):
     emulated(Recipe(style=style, routing=routing, experts=6, top_k=1 if routing in TOP_1 else 3, packing=TENSOR))
 
 
-@pytest.mark.in_part(12)
+@pytest.mark.in_part(24)
 @pytest.mark.parametrize("style", STYLES)
 def test_tokens_of_a_batch(style):
     """x [B, S, H], and shapes at which sizes are 1."""
@@ -195,7 +195,7 @@ def test_graph_breaks_leave_numbers_right(style):
     assert not o.report.refused, o.report
 
 
-@pytest.mark.in_part(4)
+@pytest.mark.in_part(8)
 @pytest.mark.parametrize("style", ["linear", "einsum", "grouped_mm", "dense_bmm", "list_masked"])
 @pytest.mark.parametrize("name", NEAR_MISSES)
 def test_near_misses_are_left_alone(style, name):
