@@ -321,10 +321,30 @@ def _smaller_saturation(x, s):
     return (q.round_by_steps((b * ((1.0 / s) / scale)).clamp(-6, 6)) * (scale * s)).reshape(x.shape)
 
 
+def _some_ties_down(x):
+    """As FP-Quant's Triton kernel rounds 0.75, 1.75 and 3.5."""
+    m = x.abs()
+    down = (m == 0.75) | (m == 1.75) | (m == 3.5)
+    return q.round_by_where(torch.where(down, 0.99 * x, x))
+
+
+def _four_over_six(x, s):
+    """The largest code of a block is 4 or 6, whichever loses less."""
+    b = q.blocks_of(x).float()
+    ways = []
+    for largest in (6.0, 4.0):
+        scale = q.e4m3((b.abs().amax(-1, keepdim=True) / largest) / s)
+        ways.append(q.round_by_where(b / torch.where(scale == 0, 1.0, scale * s)) * (scale * s))
+    errors = [(way - b).square().sum(-1, keepdim=True) for way in ways]
+    return torch.where(errors[0] <= errors[1], *ways).reshape(x.shape)
+
+
 NEAR_MISSES = {
     "mxfp4": _mxfp4,
     "block of 32": _block_of_32,
     "ties away from zero": lambda x, s: q.torchao(x, s, _ties_away),
+    "some ties down": lambda x, s: q.torchao(x, s, _some_ties_down),
+    "four over six": _four_over_six,
     "stochastic": lambda x, s: q.torchao(x, s, _noisy),
     "another grid": lambda x, s: q.torchao(x, s, lambda v: torch.round(v)),
     "e8m0 scales": _e8m0,

@@ -177,6 +177,8 @@ def test_what_is_wrong_varies_or_fails_is_never_chosen(monkeypatch, tmp_path):
             return torch.rand(4)
         if configs.up.rows == 128:
             raise RuntimeError("out of shared memory")
+        if configs.up.num_warps == 8:
+            raise torch.OutOfMemoryError("CUDA out of memory")
         return torch.full((4,), 2.0)
 
     runs = Runs(monkeypatch, lambda c: 9.0 if c.up == default else 1.0, result)
