@@ -97,7 +97,7 @@ def run_make_checkpoint(args: argparse.Namespace) -> int:
 
 
 def run_bench(args: argparse.Namespace) -> int:
-    """Time prefill and decoding of a whole model."""
+    """Time prefill and decoding of a model, whole or a few layers of it."""
     if args.save and not args.save.parent.is_dir():
         raise UsageError(f"bench: --save {args.save}: there is no folder {args.save.parent}")
     device = _device(args.device)
@@ -109,7 +109,7 @@ def run_bench(args: argparse.Namespace) -> int:
         )  # fmt: skip
         if args.record and device.type != "cuda":
             raise ValueError("--record needs a CUDA device")
-        with opened(args.model) as folder:
+        with opened(args.model, args.layers) as folder:
             study = bench(folder, settings, device, _name(args.model), lambda study: _tell(study, args.save))
     except (ValueError, OSError) as error:
         raise UsageError(f"bench: {error}") from error
@@ -283,6 +283,7 @@ def _bench_parser(commands: Any) -> argparse.ArgumentParser:
     timed.add_argument("--batch", type=int, nargs="+", default=[1], help="prompts at a time; default 1")
     for name, value in (("new-tokens", 32), ("repeats", 3)):
         timed.add_argument(f"--{name}", type=int, default=value, help="default %(default)s")
+    timed.add_argument("--layers", type=int, metavar="N", help="of a config: so many of its layers; default all")
     timed.add_argument("--activations", choices=["checkpoint", "none"], default="checkpoint")
     timed.add_argument("--mode", default="default", help="of torch.compile")
     timed.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), help="default all")

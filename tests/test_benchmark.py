@@ -112,6 +112,19 @@ def test_a_config_without_weights_says_what_it_lacks(config, tmp_path):
         pass
 
 
+def test_some_layers_of_a_config(config):
+    config.write_text(json.dumps({**CONFIG, "num_hidden_layers": 5}))
+    with opened(config, layers=2) as folder:
+        assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == 2
+    with (
+        pytest.raises(ValueError, match="1 to 5 layers, as the config has, found 6"),
+        opened(config, layers=6),
+    ):
+        pass
+    with pytest.raises(ValueError, match="is a checkpoint: give its config"), opened(CHECKPOINT, layers=1):
+        pass
+
+
 @pytest.mark.parametrize(
     "wrong", [{"tokens": ()}, {"tokens": (4, 0)}, {"new_tokens": 0}, {"batch": (1, 0)}, {"repeats": 0}]
 )

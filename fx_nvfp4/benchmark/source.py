@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +27,28 @@ _SIZES = {
 
 
 @contextmanager
-def opened(model: Path) -> Iterator[Path]:
+def opened(model: Path, layers: int | None = None) -> Iterator[Path]:
     """The folder of a checkpoint: model itself if it holds weights, else a temporary one with random weights.
 
     Args:
         model: a folder, or a config.json. Random weights can be made for Qwen3-MoE configs.
+        layers: so many of the config's layers.
 
     Raises:
         CheckpointError: there is no config.
-        ValueError: random weights are needed, and the config is of another family, or lacks a size.
+        ValueError: random weights are needed, and the config is of another family, or lacks a size; layers are given
+            for a checkpoint, or more than there are.
     """
     if model.is_dir() and any(model.glob("*.safetensors*")):
+        if layers is not None:
+            raise ValueError(f"layers are chosen of a config, and {model} is a checkpoint: give its config.json")
         yield model
         return
     sizes = sizes_of(read_json(model / "config.json" if model.is_dir() else model))
+    if layers is not None:
+        if not 1 <= layers <= sizes.layers:
+            raise ValueError(f"expected 1 to {sizes.layers} layers, as the config has, found {layers}")
+        sizes = replace(sizes, layers=layers)
     with tempfile.TemporaryDirectory(prefix="fx_nvfp4_bench_") as folder:
         write_checkpoint(folder, "modelopt", sizes)
         yield Path(folder)
