@@ -54,14 +54,10 @@ def compile_tiled(targets: list[str], full: bool) -> list[dict[str, Any]]:
     for name in targets:
         target = TARGETS[name]
         kind: Target = "hip" if target.backend == "hip" else "hopper" if target.arch == 90 else "cuda"
-        few = next(c for c, direct in defaults(kind) if direct)
-        chosen = [
-            *((f"{load} slots an expert", by_load(load, kind), False) for load in LOADS),
-            ("one token", few, True),
-        ]
-        if full:
-            chosen = [(f"{c.text}{', each slot by itself' * direct}", c, direct) for c, direct in defaults(kind)]
+        every, loads = defaults(kind), {load: by_load(load, kind) for load in LOADS}
+        some = [*((f"{load} slots an expert", TileConfigs(c, c)) for load, c in loads.items()), ("one token", every[0])]
         for dtype in ("bf16", "fp16") if full else ("bf16",):
+            chosen = [(c.text, c) for c in every] if full and dtype == "bf16" else some
             calls = [(f"{k}, {what}", *rest) for what, c in chosen for k, *rest in products(target, c)]
             batches = {**product_constants(target, by_load(MANY, kind), False), "table_ptr": None}
             calls.append((f"tiled down, batches of {MANY}", tiled_down_kernel, batches))
