@@ -216,7 +216,7 @@ _FEW_TOKENS: dict[Target, tuple[TileConfig, TileConfig, TileConfig]] = {
         TileConfig(32, 8, 8, 256, num_warps=2, num_stages=4),
         TileConfig(16, 8, 8, 512, num_warps=1, num_stages=3),
     ),
-    "cuda": (TileConfig(32, 8, 8, 256, num_warps=2, num_stages=3),) * 3,
+    "cuda": (TileConfig(32, 8, 8, 128, num_warps=2, num_stages=4),) * 3,
     "hip": (TileConfig(32, 16, 16, 64, num_warps=2, num_stages=2),) * 3,
 }
 # Hopper's are the fastest of those tried on an H100 with Triton 3.6; nobody has timed the others, which are the largest
