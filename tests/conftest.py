@@ -14,8 +14,6 @@ HAS_GPU = torch.cuda.is_available()
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Cores are busy with other tests: no pool of compilers beside each of them.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-    # A compiler that knows what this CPU says it has is not tried out by every process, once for each instruction set.
-    os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 if not HAS_GPU:
     # Triton reads the variable when a kernel is decorated, so it has to be set before anything imports triton.
