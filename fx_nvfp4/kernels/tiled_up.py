@@ -133,7 +133,8 @@ def tiled_up_kernel(
 
     in_scale is the float64 activation scale of x by expert, h_scale that with which h is rounded, or None. Gate rows
     are the first half of a tile's, or in turn with up's where the weight holds them so (INTERLEAVED, then
-    gate_words is not read). DIRECT: every slot is a tile of its own, and table holds ids, maybe of the last kernel.
+    gate_words is not read). DIRECT: every slot is a tile of its own, and table holds ids. EARLY: the table is older
+    than the kernel that was launched last, and is read before that has ended.
     """
     if not EARLY:
         wait_for_inputs(PDL)
@@ -224,7 +225,8 @@ def up(
 ) -> Tensor:
     """activation(gate, up) of every slot -> [slots, N] in x's dtype.
 
-    The table must have been written before the kernel that was launched last: this one reads it before that has ended.
+    Where rows.last, the table must have been written before the kernel that was launched last, as this one reads it
+    before that has ended.
 
     Args:
         rows: slot s reads row s // slots_per_row.
