@@ -13,14 +13,19 @@ from .fragments import decode_fragments
 
 # What the left operand lacks: see prepack.DECODED_FACTOR.
 FACTOR = tl.constexpr(128.0)
+_WORDS = 8  # that pass through one piece of assembly
+_MOVES = "\n".join(f"mov.b32 ${i}, ${i + _WORDS};" for i in range(_WORDS))
+_WAIT = tl.constexpr("wgmma.wait_group.sync.aligned 0;\n" + _MOVES)
+_WAIT_OPERANDS = tl.constexpr(",".join(["=&r"] * _WORDS + ["r"] * _WORDS))
 
 
 @triton.jit
-def finish_products():
-    """Waits for the matrix units: their left operand's registers are free again."""
-    tl.inline_asm_elementwise(
-        "wgmma.wait_group.sync.aligned 0; mov.b32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
-    )
+def after_products(words):
+    """words, once the matrix units are done: what is decoded from them may take the registers of their left operand.
+
+    Before decoding rather than after the product: until then the units work while the next steps are asked for.
+    """
+    return tl.inline_asm_elementwise(_WAIT, _WAIT_OPERANDS, [words], dtype=words.dtype, is_pure=False, pack=8)
 
 
 @triton.jit
@@ -63,19 +68,17 @@ def product(
     for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         if MASKED:
             left = K - start
-            words = tl.load(words_ptrs, mask=(word // 2 < left)[None, :], other=0)
-            scales = tl.load(scales_ptrs, mask=(lane * 2 < left)[None, :], other=0)
+            words = tl.load(words_ptrs + start * 2, mask=(word // 2 < left)[None, :], other=0)
+            scales = tl.load(scales_ptrs + start // 2, mask=(lane * 2 < left)[None, :], other=0)
             x = tl.load(x_ptrs, mask=x_mask[:, None] & (k < left)[None, :], other=0.0)
         else:
-            words = tl.load(words_ptrs)
-            scales = tl.load(scales_ptrs)
+            words = tl.load(words_ptrs + start * 2)
+            scales = tl.load(scales_ptrs + start // 2)
             x = tl.load(x_ptrs, mask=x_mask[:, None], other=0.0)
+        if WAIT:
+            words = after_products(words)
         w = decode_fragments(words.to(tl.uint32, bitcast=True), scales, dtype, FORM, PERMUTED)
         acc = tl.dot(w, tl.trans(x), acc)
-        if WAIT:
-            finish_products()
-        words_ptrs += CHUNKS * 128
-        scales_ptrs += CHUNKS * 32
         x_ptrs += BLOCK_K
     return acc
 
