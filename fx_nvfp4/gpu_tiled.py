@@ -17,7 +17,7 @@ from .block import Block, Projection
 from .kernels import moe as moe_kernels
 from .kernels.entry import enter
 from .kernels.grouped import row_groups
-from .kernels.tile_config import TileConfig, TileConfigs, by_load, fitted, for_rows, target_of
+from .kernels.tile_config import TileConfig, TileConfigs, by_load, fitted, for_rows, takes_pairs, target_of
 from .kernels.tile_table import sort_into_tiles
 from .kernels.tiled_down import down
 from .kernels.tiled_operands import Routing, Rows, TiledOperand
@@ -58,7 +58,7 @@ def products(x: Tensor, ids: Tensor, weights: Tensor, block: Block, configs: Til
     """The block without its weighted sum -> [T * A, H]; slots of nobody are not written."""
     slots = Slots(ids.contiguous(), weights, block.experts)
     routing = _route(slots, configs)
-    permute = not configs.direct
+    permute = not configs.direct and _permutes(configs.up, x)
     apart = block.rows_apart
     entering = weights if block.weighted == "input" else None
     per_row = 1 if apart else ids.shape[1]
@@ -101,7 +101,7 @@ def linear(
     weight = TiledOperand(words.unsqueeze(0), scales.unsqueeze(0), global_scale.unsqueeze(0), None)
     config = config or fitted(for_rows(len(rows), weight.n, target_of(x)), x.shape[-1])
     # The activations' scale is one for all, so nobody asks whose rows they are.
-    entered = _enter(rows, act, None, None, False, True)
+    entered = _enter(rows, act, None, None, False, _permutes(config, x))
     return down(entered, weight, Routing(None, len(rows), len(rows)), config).view(*x.shape[:-1], weight.n)
 
 
@@ -113,7 +113,7 @@ def batched(x: Tensor, words: Tensor, scales: Tensor, global_scale: Tensor, act:
     if act.needs_experts:
         ids = torch.arange(experts, device=x.device).repeat_interleave(rows).unsqueeze(1)
         slots = Slots(ids, ids, experts)
-    entered = _enter(x.reshape(-1, k), act, slots, None, act.needs_experts, True)
+    entered = _enter(x.reshape(-1, k), act, slots, None, act.needs_experts, _permutes(config, x))
     y = down(entered, TiledOperand(words, scales, global_scale, None), Routing(None, experts * rows, rows), config)
     return y.view(experts, rows, y.shape[-1])
 
@@ -124,7 +124,7 @@ def indexed(x: Tensor, words: Tensor, scales: Tensor, global_scale: Tensor, ids:
     slots = Slots(ids.unsqueeze(1), ids.unsqueeze(1), len(words))
     config = fitted(by_load(len(x) / len(words), target_of(x)), x.shape[-1])
     routing = Routing(sort_into_tiles(slots.ids, len(words), config.largest), len(x))
-    entered = _enter(x, act, slots, None, act.needs_experts, True)
+    entered = _enter(x, act, slots, None, act.needs_experts, _permutes(config, x))
     return down(entered, weight, routing, config, everyone=False)
 
 
@@ -137,6 +137,11 @@ def _route(slots: Slots, configs: TileConfigs) -> Routing:
     ids = slots.ids
     table = ids.reshape(-1) if configs.direct else sort_into_tiles(ids, slots.experts, configs.up.largest)
     return Routing(table, ids.numel())
+
+
+def _permutes(config: TileConfig, x: Tensor) -> bool:
+    """Whether rows are permuted for a product in tiles of tokens."""
+    return takes_pairs(config, target_of(x), direct=False)
 
 
 def _enter(

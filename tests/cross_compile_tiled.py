@@ -11,7 +11,7 @@ from fx_nvfp4.kernels.activation import compile_activation
 from fx_nvfp4.kernels.config import ENTRY_BLOCK, TABLE_BLOCK, TABLE_COUNTED, TABLE_SLOTS_AT_ONCE
 from fx_nvfp4.kernels.entry import entry_kernel
 from fx_nvfp4.kernels.fragments import decode_form
-from fx_nvfp4.kernels.tile_config import ALONE, Target, TileConfig, TileConfigs, by_load, defaults
+from fx_nvfp4.kernels.tile_config import ALONE, Target, TileConfig, TileConfigs, by_load, defaults, takes_pairs
 from fx_nvfp4.kernels.tile_table import count_blocks_kernel, table_kernel, table_of_counts_kernel
 from fx_nvfp4.kernels.tiled_down import tiled_down_kernel
 from fx_nvfp4.kernels.tiled_up import tiled_up_kernel
@@ -21,18 +21,26 @@ LOADS = (1, MANY)
 GROUPS = 256
 
 
+def kind_of(target: GPUTarget) -> Target:
+    return "hip" if target.backend == "hip" else "hopper" if target.arch == 90 else "cuda"
+
+
 def product_constants(target: GPUTarget, config: TileConfig, direct: bool) -> dict[str, Any]:
     form = decode_form(target.backend, target.arch if isinstance(target.arch, int) else 0)
     pdl = target.backend == "cuda" and target.arch >= 90
-    constants = {"PERMUTED": not direct, "DIRECT": direct, "FORM": form, "MASKED": False, "WAIT": False}
+    pairs = takes_pairs(config, kind_of(target), direct)
+    order = "permuted" if pairs and not direct else "pairs" if pairs else "fours"
+    constants = {"ORDER": order, "DIRECT": direct, "FORM": form, "MASKED": False, "WAIT": False}
     return {**constants, "PREFETCHED": config.prefetched, "PDL": pdl, **config.meta()}
 
 
 def products(target: GPUTarget, configs: TileConfigs) -> Iterator[tuple[str, Any, dict[str, Any]]]:
     direct = configs.direct
     silu = compile_activation(parse("silu(g) * u").to_triton())
-    gated = {"ACTIVATION": silu, "GATED": True, "INTERLEAVED": False, "PERMUTE_H": not direct, "EARLY": not direct}
-    yield "tiled up", tiled_up_kernel, {**product_constants(target, configs.up, direct), **gated}
+    constants = product_constants(target, configs.up, direct)
+    permuted = constants["ORDER"] == "permuted"
+    gated = {"ACTIVATION": silu, "GATED": True, "INTERLEAVED": False, "PERMUTE_H": permuted, "EARLY": permuted}
+    yield "tiled up", tiled_up_kernel, {**constants, **gated}
     yield "tiled down", tiled_down_kernel, product_constants(target, configs.down, direct)
 
 
@@ -53,7 +61,7 @@ def compile_tiled(targets: list[str], full: bool) -> list[dict[str, Any]]:
     results = []
     for name in targets:
         target = TARGETS[name]
-        kind: Target = "hip" if target.backend == "hip" else "hopper" if target.arch == 90 else "cuda"
+        kind = kind_of(target)
         every, loads = defaults(kind), {load: by_load(load, kind) for load in LOADS}
         some = [*((f"{load} slots an expert", TileConfigs(c, c)) for load, c in loads.items()), ("one token", every[0])]
         for dtype in ("bf16", "fp16") if full else ("bf16",):
@@ -63,7 +71,7 @@ def compile_tiled(targets: list[str], full: bool) -> list[dict[str, Any]]:
             calls.append((f"tiled down, batches of {MANY}", tiled_down_kernel, batches))
             if kind == "hopper":  # the others' are among those above
                 alone = [{**product_constants(target, config, False), "table_ptr": None} for config in ALONE[kind]]
-                names = ("few rows by one weight", "more rows by one weight")
+                names = ("fewest rows by one weight", "few rows by one weight", "more rows by one weight")
                 calls += [(f"tiled down, {n}", tiled_down_kernel, c) for n, c in zip(names, alone, strict=True)]
             for kernel, function, constants in (*calls, *others(target)):
                 compiled = compile_kernel(function, constants, dtype, target)

@@ -14,8 +14,9 @@ from fx_nvfp4 import block as plain
 from fx_nvfp4 import gpu_tiled, reference
 from fx_nvfp4.activation import parse
 from fx_nvfp4.block import Block, Projection
+from fx_nvfp4.kernels import tile_config
 from fx_nvfp4.kernels.entry import enter
-from fx_nvfp4.kernels.tile_config import TileConfig, TileConfigs
+from fx_nvfp4.kernels.tile_config import BlockSizes, TileConfig, TileConfigs, choose
 from fx_nvfp4.kernels.tile_table import sort_into_tiles
 from fx_nvfp4.prepack import permute_k, prepack
 from fx_nvfp4.reference import Activations
@@ -106,11 +107,23 @@ def test_chosen_configurations(tokens, device):
     check(block, x, *routing(tokens, 3, 4, device))
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 7])
+@pytest.mark.parametrize("triton", [(3, 7), (3, 8)])
+def test_both_orders_of_the_matrix_units(triton, tokens, monkeypatch, device):
+    """mma.sync's left operand holds fours of neighbours up to Triton 3.7, and pairs since."""
+    monkeypatch.setattr(tile_config, "_triton_version", lambda: triton)
+    block = make(experts=8, hidden=192, inner=128, act=activations(STATIC, "hardware", True, 8, device), device=device)
+    ids, weights = routing(tokens, 3, 8, device)
+    assert choose(tokens, BlockSizes(8, 3, 192, 128, True), "hopper").up.largest == 8
+    check(block, torch.randn(tokens, 192, device=device).half(), ids, weights)
+
+
 CONFIGS = [
     TileConfig(128, 16, 16, 128, num_warps=4, num_stages=3),
     TileConfig(64, 16, 32, 128, num_warps=4, num_stages=3),
     TileConfig(128, 16, 64, 128, num_warps=4, num_stages=3),
     TileConfig(128, 16, 128, 128, num_warps=8, num_stages=3, at_once=8),
+    TileConfig(64, 8, 8, 128, num_warps=4, num_stages=3),
     TileConfig(32, 8, 8, 256, num_warps=2, num_stages=4),
 ]
 

@@ -30,7 +30,7 @@ PROBLEM = tuning.Problem(128, 8, 2048, 768, "concatenated", "bfloat16", "none, n
 def test_candidates_are_few_fit_the_gpu_and_begin_with_the_default(each, target):
     found = candidates(each, 2048, target)
     assert found[0] == by_load(each, target)
-    assert len(found) == len(set(found)) <= 12
+    assert len(found) == len(set(found)) <= 14
     limit = {"hopper": 227, "cuda": 99, "hip": 64}[target] << 10
     assert all(shared_bytes(c) <= limit and registers(c) <= 255 for c in found[1:])
 
@@ -44,7 +44,8 @@ def test_the_model_finds_what_was_fastest_on_an_h100(each):
 @pytest.mark.parametrize("target", ["hopper", "cuda", "hip"])
 def test_one_weight_alone_is_cut_finer_where_it_makes_few_programs(target):
     """q_proj and its like at few tokens once took an expert's tiles: 4 programs for 512 rows."""
-    narrow, wide = ALONE[target]
+    fewest, narrow, wide = ALONE[target]
+    assert for_rows(1, 512, target) == fewest
     assert for_rows(16, 512, target) == narrow
     assert for_rows(1024, 512, target) == narrow
     assert for_rows(1, 32768, target) == by_load(1, target)
@@ -59,15 +60,14 @@ GPT_OSS = BlockSizes(experts=128, top=4, hidden=2880, inner=2880, gated=True)
 QWEN3_30B = PROBLEM.sizes
 
 
-@pytest.mark.parametrize(("tokens", "few"), [(4, True), (16, True), (64, True), (256, False)])
-def test_few_and_long_programs_are_cut_finer(tokens, few):
+@pytest.mark.parametrize(("tokens", "rows"), [(4, 64), (16, 128), (64, 64), (256, 128)])
+def test_few_and_long_programs_are_cut_finer(tokens, rows):
     """Mixtral's down product of 4 tokens, 176 programs of 14336 columns, left a third of an H100 idle."""
-    default = by_load(MIXTRAL.load(tokens), "hopper")
     found = choose(tokens, MIXTRAL, "hopper")
-    assert (found.down.rows < default.rows) == few
+    assert found.down.rows == rows
     assert found.up.largest == found.down.largest
-    # Of more programs than fit at once the last would come alone.
-    assert not few or tokens == 64 or found.down.num_stages == {4: 4, 16: 3}[tokens]
+    # At 16 tokens programs of 64 rows would not all run at once, and the last would come alone: more warps instead.
+    assert (found.down.num_warps == 8) == (tokens == 16)
     many = choose(tokens, QWEN3_30B, "hopper")
     assert many.direct or many.down == by_load(QWEN3_30B.load(tokens), "hopper")
 
@@ -75,20 +75,22 @@ def test_few_and_long_programs_are_cut_finer(tokens, few):
 @pytest.mark.parametrize("target", ["hopper", "cuda", "hip"])
 @pytest.mark.parametrize("tokens", [1, 2, 4, 16, 256, 1024, 16384])
 def test_steps_along_k_fit_into_it(target, tokens):
-    """2880 columns are no multiple of 128: with masked loads a block of gpt-oss took up to 1.5 times as long."""
+    """2880 columns are no multiple of 128: the last step is in part beyond them, which many tokens pay for.
+
+    With steps of 64 a block of gpt-oss took 9 % less for 1024 tokens, and a third more for 64.
+    """
     found = choose(tokens, GPT_OSS, target)
-    assert GPT_OSS.hidden % found.up.block_k == 0
-    # One program reads few columns of few rows: there longer steps win, masked or not.
-    assert found.direct or GPT_OSS.inner % found.down.block_k == 0
-    assert fitted(found.up, 192).block_k == 64
+    for config in (found.up, found.down)[: 1 if found.direct else 2]:
+        assert config.block_k == 64 or (config.block_k == 128 and config.largest < 64)
+    assert fitted(found.up, 192).block_k == min(found.up.block_k, 64 if found.up.largest >= 64 else 128)
 
 
 def test_slots_run_by_themselves_where_experts_are_hardly_shared():
     direct = {t for t in (1, 2, 3, 4, 5, 8) if choose(t, QWEN3_30B, "hopper").direct}
     assert direct == {1, 2, 3, 4}
     assert [choose(t, MIXTRAL, "hopper").direct for t in (2, 3, 4)] == [True, False, False]
-    # 256 programs of 14336 columns: some multiprocessors had several, others none.
-    assert [choose(1, sizes, "hopper").down.rows for sizes in (MIXTRAL, QWEN3_30B, GPT_OSS)] == [16, 32, 32]
+    # Few programs of 14336 columns: some multiprocessors had several, others none.
+    assert [choose(1, sizes, "hopper").down.rows for sizes in (MIXTRAL, QWEN3_30B, GPT_OSS)] == [16, 64, 64]
 
 
 @pytest.mark.parametrize("target", ["hopper", "cuda", "hip"])
@@ -173,7 +175,7 @@ def test_what_is_wrong_varies_or_fails_is_never_chosen(monkeypatch, tmp_path):
     def result(configs):
         if configs.up == default:
             return torch.ones(4)
-        if configs.up.num_stages == 3:
+        if configs.up.block_k == 64:
             return torch.rand(4)
         if configs.up.rows == 128:
             raise RuntimeError("out of shared memory")

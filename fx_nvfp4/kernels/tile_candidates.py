@@ -19,15 +19,23 @@ _START_CYCLES = 3000  # before a program's first product, and after its last
 _STEP_CYCLES = 200  # of a step along K: waiting for what is loaded, and for each other
 
 
-def candidates(each: float, k: int, target: Target, most: int = 12) -> list[TileConfig]:
-    """The default for experts of `each` slots, and of all others that fit the GPU those of the least modelled cost."""
+def candidates(each: float, k: int, target: Target, most: int = 14) -> list[TileConfig]:
+    """The default for experts of `each` slots, and of all others that fit the GPU those of the least modelled cost.
+
+    One of each size: the model hardly tells apart how far they load ahead. Tiles for many more tokens are left out, as
+    they run as smaller ones.
+    """
     default = by_load(each, target)
-    others = [c for c in _all(target) if c != default and _fits(c, target)]
-    return [default, *sorted(others, key=lambda c: cost(c, each, k, target))[: most - 1]]
+    suited = (c for c in _all(target) if _fits(c, target) and (c.bodies == 1 or c.largest < 4 * each))
+    others = sorted(suited, key=lambda c: cost(c, each, k, target))
+    of_size: dict[tuple[int, int, int], TileConfig] = {}
+    for config in (default, *others):
+        of_size.setdefault((config.rows, config.largest, config.block_k), config)
+    return list(of_size.values())[:most]
 
 
 def _all(target: Target) -> list[TileConfig]:
-    tokens = [(16, 16), (16, 32), (16, 64), (16, 128), (32, 128)]
+    tokens = [(8, 8), (16, 16), (16, 32), (16, 64), (16, 128), (32, 128)]
     stages = (2,) if target == "hip" else (3, 4)
     space = itertools.product((64, 128, 256), tokens, (64, 128, 256), (4, 8), stages)
     return [

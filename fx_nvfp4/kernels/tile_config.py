@@ -74,6 +74,18 @@ def needs_wait(config: TileConfig) -> bool:
     return config.block_k < 128 and config.largest >= 64 and _triton_version() < (3, 7)
 
 
+def takes_pairs(config: TileConfig, target: Target, direct: bool) -> bool:
+    """Whether lanes of the matrix units hold pairs of neighbours along K; else fours (fragments.decode_fragments).
+
+    Rows in the order of prepack.permute_k are for pairs. Rows in their own order are read in either way, in fours with
+    half as many loads. wgmma takes pairs, and so does mma.sync as Triton lays it out since 3.8.
+    """
+    if target == "hip":  # decoded weights change lanes either way
+        return not direct
+    wgmma = target == "hopper" and config.largest > 8
+    return wgmma or _triton_version() >= (3, 8)
+
+
 @dataclass(frozen=True)
 class TileConfigs:
     """How a whole block runs: direct, every slot by itself, or slots sorted into tiles of `largest` tokens, of both."""
@@ -130,33 +142,29 @@ def choose(tokens: int, sizes: BlockSizes, target: Target) -> TileConfigs:
     load = sizes.load(tokens)
     up, down, long = _FEW_TOKENS[target]
     # Sorting takes two launches more, and saves reading an expert again: mostly from the cache, if it is read.
-    if tokens <= 2 or (tokens <= 4 and load <= 0.25 and sizes.hidden % up.block_k == 0):
+    if tokens <= 2 or (tokens <= 4 and load <= 0.25):
         programs = tokens * sizes.top * math.ceil(sizes.hidden / down.rows)
-        last = long if sizes.inner >= 4096 and programs <= 2 * _FILLING else down
+        last = long if sizes.inner >= 4096 and programs <= _FILLING else down
         return TileConfigs(fitted(up, sizes.hidden), last, direct=True)
     of_load = _of_load(load, target)
 
-    def of(config: TileConfig, rows: int) -> TileConfig:
+    def of(rows: int) -> TileConfig:
         def programs(c: TileConfig) -> float:
             return sizes.experts_hit(tokens) * math.ceil(load / c.largest) * math.ceil(rows / c.rows)
 
         few, more = of_load.few
-        return config if programs(config) > _FILLING else few if programs(few) <= _AT_ONCE else more
+        return of_load.config if programs(of_load.config) > _FILLING else few if programs(few) <= _AT_ONCE else more
 
-    # Short steps, as fitted() makes them, want tiles of more rows.
-    whole = sizes.hidden % of_load.up.block_k == 0
-    return TileConfigs(
-        fitted(of(of_load.up if whole else of_load.down, sizes.up_rows), sizes.hidden),
-        fitted(of(of_load.down, sizes.hidden), sizes.inner),
-    )
+    return TileConfigs(fitted(of(sizes.up_rows), sizes.hidden), fitted(of(sizes.hidden), sizes.inner))
 
 
 def fitted(config: TileConfig, k: int) -> TileConfig:
-    """The same with a step along K that k is a multiple of: where a step is in part beyond K, its loads are masked.
+    """The same with a step along K that k is a multiple of, or with a short one: what is beyond K counts as zeros.
 
-    Shorter steps are loaded further ahead. With 2880 columns a block takes up to a third less time so.
+    Shorter steps are loaded further ahead. The shortest pay for many tokens alone.
     """
-    while k % config.block_k and config.block_k > 64:
+    least = 64 if config.largest >= 64 else 128
+    while k % config.block_k and config.block_k > least:
         stages = min(config.num_stages * 2, 8)
         config = dataclasses.replace(config, block_k=config.block_k // 2, num_stages=stages)
     return config
@@ -164,7 +172,7 @@ def fitted(config: TileConfig, k: int) -> TileConfig:
 
 def by_load(each: float, target: Target) -> TileConfig:
     """For experts that are expected to see so many slots each."""
-    return _of_load(each, target).down
+    return _of_load(each, target).config
 
 
 def _of_load(each: float, target: Target) -> _Load:
@@ -180,7 +188,9 @@ def for_rows(rows: int, n: int, target: Target) -> TileConfig:
     usual = by_load(rows, target)
     if programs(usual) >= _FILLING:
         return usual
-    narrow, wide = ALONE[target]
+    fewest, narrow, wide = ALONE[target]
+    if rows <= fewest.largest:
+        return fewest
     return narrow if programs(narrow) <= 2 * _FILLING else wide
 
 
@@ -188,7 +198,7 @@ def defaults(target: Target) -> list[TileConfigs]:
     """Pairs that hold all that is chosen without tuning, for each product."""
     up, *downs = _FEW_TOKENS[target]
     few = [TileConfigs(fitted(up, k), down, direct=True) for down in downs for k in _ANY_K]
-    alike = [fitted(c, k) for load in _BY_LOAD[target] for c in (load.up, load.down, *load.few) for k in _ANY_K]
+    alike = [fitted(c, k) for load in _BY_LOAD[target] for c in (load.config, *load.few) for k in _ANY_K]
     return list(dict.fromkeys([*few, *(TileConfigs(c, c) for c in (*alike, *ALONE[target]))]))
 
 
@@ -196,14 +206,13 @@ class _Load(NamedTuple):
     """What serves experts with up to `most` slots each."""
 
     most: float
-    up: TileConfig
-    down: TileConfig
-    # For either, where its own makes few programs: up to _AT_ONCE of these, and more.
+    config: TileConfig
+    # Where that makes few programs: up to _AT_ONCE of these, and more.
     few: tuple[TileConfig, TileConfig]
 
 
 def _same(most: float, config: TileConfig) -> _Load:
-    return _Load(most, config, config, (config, config))
+    return _Load(most, config, (config, config))
 
 
 _ANY_K = (256, 128, 64)  # the largest power of two in K, of which the first stands for those above
@@ -213,28 +222,26 @@ _FILLING = 256  # programs; an H100 has 132 multiprocessors
 _FEW_TOKENS: dict[Target, tuple[TileConfig, TileConfig, TileConfig]] = {
     "hopper": (
         TileConfig(64, 8, 8, 256, num_warps=4, num_stages=3),
-        TileConfig(32, 8, 8, 256, num_warps=2, num_stages=4),
+        TileConfig(64, 8, 8, 256, num_warps=4, num_stages=3),
         TileConfig(16, 8, 8, 512, num_warps=1, num_stages=3),
     ),
     "cuda": (TileConfig(32, 8, 8, 128, num_warps=2, num_stages=4),) * 3,
     "hip": (TileConfig(32, 16, 16, 64, num_warps=2, num_stages=2),) * 3,
 }
-# Hopper's are the fastest of those tried on an H100 with Triton 3.6; nobody has timed the others, which are the largest
-# that spill no registers.
+# Hopper's are the fastest of those tried on an H100 and an H200 with Triton 3.6; nobody has timed the others, which are
+# the largest that spill no registers.
 _BY_LOAD: dict[Target, tuple[_Load, ...]] = {
     "hopper": (
         _Load(
             5,
-            TileConfig(64, 16, 16, 128, num_warps=4, num_stages=4),
-            TileConfig(128, 16, 16, 128, num_warps=4, num_stages=4),
+            TileConfig(128, 8, 8, 128, num_warps=4, num_stages=4),
             (
-                TileConfig(64, 16, 16, 256, num_warps=4, num_stages=4),
-                TileConfig(64, 16, 16, 256, num_warps=4, num_stages=3),
+                TileConfig(64, 8, 8, 256, num_warps=4, num_stages=3),
+                TileConfig(128, 8, 8, 256, num_warps=8, num_stages=3),
             ),
         ),
         _Load(
             24,
-            TileConfig(128, 16, 32, 128, num_warps=4, num_stages=4),
             TileConfig(128, 16, 32, 128, num_warps=4, num_stages=4),
             (TileConfig(64, 16, 32, 128, num_warps=4, num_stages=4),) * 2,
         ),
@@ -243,7 +250,7 @@ _BY_LOAD: dict[Target, tuple[_Load, ...]] = {
         _same(math.inf, TileConfig(128, 16, 128, 64, num_warps=4, num_stages=3, at_once=8)),
     ),
     "cuda": (
-        _same(5, TileConfig(64, 16, 16, 128, num_warps=4, num_stages=3)),
+        _same(5, TileConfig(64, 8, 8, 128, num_warps=4, num_stages=3)),
         _same(24, TileConfig(64, 16, 32, 128, num_warps=4, num_stages=3)),
         _same(math.inf, TileConfig(64, 16, 64, 64, num_warps=4, num_stages=3, at_once=8)),
     ),
@@ -253,13 +260,14 @@ _BY_LOAD: dict[Target, tuple[_Load, ...]] = {
         _same(math.inf, TileConfig(64, 16, 64, 64, num_warps=4, num_stages=2, at_once=8)),
     ),
 }
-# (for few, for more) programs of one weight alone. Hopper's are by `python benchmarks/bench_linear.py` on an H100, the
-# others are not timed.
-ALONE: dict[Target, tuple[TileConfig, TileConfig]] = {
+# (for the fewest rows, for few, for more) programs of one weight alone. Hopper's last two are by `python
+# benchmarks/bench_linear.py` on an H100, the others are not timed.
+ALONE: dict[Target, tuple[TileConfig, TileConfig, TileConfig]] = {
     "hopper": (
+        TileConfig(64, 8, 8, 256, num_warps=4, num_stages=3),
         TileConfig(64, 16, 16, 256, num_warps=4, num_stages=3),
         TileConfig(128, 16, 64, 128, num_warps=4, num_stages=3, at_once=8),
     ),
-    "cuda": (_BY_LOAD["cuda"][0].down, _BY_LOAD["cuda"][1].down),
-    "hip": (_BY_LOAD["hip"][0].down, _BY_LOAD["hip"][1].down),
+    "cuda": (_BY_LOAD["cuda"][0].config, *(_BY_LOAD["cuda"][1].config,) * 2),
+    "hip": (*(_BY_LOAD["hip"][0].config,) * 2, _BY_LOAD["hip"][1].config),
 }

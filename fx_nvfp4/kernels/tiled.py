@@ -40,7 +40,7 @@ def product(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
     MASKED: tl.constexpr,
-    PERMUTED: tl.constexpr,
+    ORDER: tl.constexpr,
     WAIT: tl.constexpr,
     dtype: tl.constexpr,
     FORM: tl.constexpr,
@@ -52,7 +52,8 @@ def product(
         x_ptrs: of each row's first element, [TOKENS].
         x_mask: [TOKENS].
         MASKED: K is not a multiple of BLOCK_K.
-        PERMUTED: x's columns are in the order of prepack.permute_k; else they are in their own, and are read in fours.
+        ORDER: "permuted", x's columns are in the order of prepack.permute_k; or they are in their own and are read as
+            the matrix units hold them, in "pairs" or "fours" (tile_config.takes_pairs).
         WAIT: see tile_config.needs_wait.
     """
     CHUNKS: tl.constexpr = BLOCK_K // 64
@@ -60,16 +61,18 @@ def product(
     words_ptrs = words_ptr[:, None] + word[None, :]
     scales_ptrs = scales_ptr[:, None] + lane[None, :]
     k = tl.arange(0, BLOCK_K)
-    if PERMUTED:
-        x_ptrs = x_ptrs[:, None] + k[None, :]
-    else:
-        x_ptrs = x_ptrs[:, None] + (k // 64 * 64 + k // 4 % 4 * 16 + k // 16 % 4 * 4 + k % 4)[None, :]
+    column = k
+    if ORDER == "pairs":  # where permuted() has put it
+        column = k // 64 * 64 + k // 2 % 4 * 16 + k // 16 % 4 * 4 + k // 8 % 2 * 2 + k % 2
+    if ORDER == "fours":
+        column = k // 64 * 64 + k // 4 % 4 * 16 + k // 16 % 4 * 4 + k % 4
+    x_ptrs = x_ptrs[:, None] + column[None, :]
     acc = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
     for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         if MASKED:
             left = K - start
-            words = tl.load(words_ptrs + start * 2, mask=(word // 2 < left)[None, :], other=0)
-            scales = tl.load(scales_ptrs + start // 2, mask=(lane * 2 < left)[None, :], other=0)
+            words = tl.load(words_ptrs + start * 2, mask=(word < left * 2)[None, :], other=0)
+            scales = tl.load(scales_ptrs + start // 2, mask=(lane < left // 2)[None, :], other=0)
             x = tl.load(x_ptrs, mask=x_mask[:, None] & (k < left)[None, :], other=0.0)
         else:
             words = tl.load(words_ptrs + start * 2)
@@ -77,7 +80,7 @@ def product(
             x = tl.load(x_ptrs, mask=x_mask[:, None], other=0.0)
         if WAIT:
             words = after_products(words)
-        w = decode_fragments(words.to(tl.uint32, bitcast=True), scales, dtype, FORM, PERMUTED)
+        w = decode_fragments(words.to(tl.uint32, bitcast=True), scales, dtype, FORM, ORDER != "fours")
         acc = tl.dot(w, tl.trans(x), acc)
         x_ptrs += BLOCK_K
     return acc

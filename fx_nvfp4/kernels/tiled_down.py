@@ -31,7 +31,7 @@ def down_tile(
     stride_gn,
     stride_bn,
     TOKENS: tl.constexpr,
-    PERMUTED: tl.constexpr,
+    ORDER: tl.constexpr,
     DIRECT: tl.constexpr,
     FORM: tl.constexpr,
     ROWS: tl.constexpr,
@@ -45,7 +45,7 @@ def down_tile(
     slots, mask = slots_of_tile(table_ptr, first, count, TOKENS, DIRECT)
     x_ptrs = x_ptr + slots * K
     scale = row_scale(global_scale_ptr, stride_gn, output, N, factor)
-    acc = product(words, scales, x_ptrs, mask, K, ROWS, TOKENS, BLOCK_K, STAGES, MASKED, PERMUTED, WAIT, dtype, FORM)
+    acc = product(words, scales, x_ptrs, mask, K, ROWS, TOKENS, BLOCK_K, STAGES, MASKED, ORDER, WAIT, dtype, FORM)
     y = scaled(acc, scale, bias_ptr, stride_bn, output, N, dtype)
     ptrs = out_ptr + slots[:, None] * N + output[None, :]
     tl.store(ptrs, tl.trans(y.to(dtype)), mask=mask[:, None] & (output < N)[None, :])
@@ -73,7 +73,7 @@ def tiled_down_kernel(
     stride_be,
     stride_bn,
     stride_ie,
-    PERMUTED: tl.constexpr,
+    ORDER: tl.constexpr,
     DIRECT: tl.constexpr,
     FORM: tl.constexpr,
     ROWS: tl.constexpr,
@@ -124,7 +124,7 @@ def tiled_down_kernel(
                 stride_gn,
                 stride_bn,
                 SMALLEST << body,
-                PERMUTED,
+                ORDER,
                 DIRECT,
                 FORM,
                 ROWS,

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from .fragments import form_of
 from .launch import dependent_launch
+from .operands import require
 from .sizes import cdiv, next_power_of_2
-from .tile_config import TileConfig, needs_wait
+from .tile_config import TileConfig, needs_wait, takes_pairs, target_of
 
 
 class TiledOperand(NamedTuple):
@@ -105,8 +106,10 @@ def stride(scale: Tensor | None) -> int:
 
 def constants(rows: Rows, routing: Routing, config: TileConfig) -> dict[str, Any]:
     form = form_of(rows.x)
+    pairs = takes_pairs(config, target_of(rows.x), routing.direct)
+    require(pairs or not rows.permuted, "rows", rows.permuted, "columns in their own order for this configuration")
     return {
-        "PERMUTED": rows.permuted,
+        "ORDER": "permuted" if rows.permuted else "pairs" if pairs else "fours",
         "DIRECT": routing.direct,
         "FORM": form,
         "MASKED": rows.x.shape[-1] % config.block_k != 0,

@@ -46,7 +46,7 @@ def up_tile(
     GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     PERMUTE_H: tl.constexpr,
-    PERMUTED: tl.constexpr,
+    ORDER: tl.constexpr,
     DIRECT: tl.constexpr,
     FORM: tl.constexpr,
     ROWS: tl.constexpr,
@@ -63,7 +63,7 @@ def up_tile(
     scale = row_scale(global_scale_ptr, stride_gn, output, N, factor)
     if GATED:
         gate_scale = row_scale(gate_global_scale_ptr, stride_gn, output, N, factor)
-    acc = product(words, scales, x_ptrs, mask, K, ROWS, TOKENS, BLOCK_K, STAGES, MASKED, PERMUTED, WAIT, dtype, FORM)
+    acc = product(words, scales, x_ptrs, mask, K, ROWS, TOKENS, BLOCK_K, STAGES, MASKED, ORDER, WAIT, dtype, FORM)
     up = acc
     if GATED:
         if INTERLEAVED:
@@ -114,7 +114,7 @@ def tiled_up_kernel(
     GATED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     PERMUTE_H: tl.constexpr,
-    PERMUTED: tl.constexpr,
+    ORDER: tl.constexpr,
     DIRECT: tl.constexpr,
     FORM: tl.constexpr,
     ROWS: tl.constexpr,
@@ -154,8 +154,8 @@ def tiled_up_kernel(
     own = tl.minimum(own, weight_tiles - 1)  # past the last row, which is not stored, any row will do
     words, scales = first_chunks(words_ptr, scales_ptr, expert, own, stride_we, K)
     if HALVES:
-        words += tl.where(row_tile < R // 2, distance(gate_words_ptr, words_ptr, 4), 0)
-        scales += tl.where(row_tile < R // 2, distance(gate_scales_ptr, scales_ptr, 2), 0)
+        words += distance(gate_words_ptr, words_ptr, 4) * (row_tile < R // 2)
+        scales += distance(gate_scales_ptr, scales_ptr, 2) * (row_tile < R // 2)
     if PDL and EARLY:
         if PREFETCHED:
             prefetch(words, PREFETCHED)
@@ -199,7 +199,7 @@ def tiled_up_kernel(
                 GATED,
                 INTERLEAVED,
                 PERMUTE_H,
-                PERMUTED,
+                ORDER,
                 DIRECT,
                 FORM,
                 ROWS,
