@@ -14,6 +14,9 @@ HAS_GPU = torch.cuda.is_available()
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Cores are busy with other tests: no pool of compilers beside each of them.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    # Nor threads that wait for each other: small products gain nothing from them. test_cpu.py takes several.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
 
 if not HAS_GPU:
     # Triton reads the variable when a kernel is decorated, so it has to be set before anything imports triton.
@@ -46,6 +49,15 @@ def _leave_in_part_to_slow(items: list[pytest.Item]) -> None:
         for i, item in enumerate(of_one):
             if i not in kept:
                 item.add_marker(pytest.mark.slow)
+
+
+def pytest_configure() -> None:
+    """Tests ask for fresh caches, but what C++ compiles to is a matter of its text and flags: each is compiled once."""
+    from torch._inductor import codecache  # imports triton, for which the variable has to be set
+
+    for name in ("CppCodeCache", "CppPythonBindingsCodeCache"):
+        if cache := getattr(codecache, name, None):
+            cache.cache_clear = staticmethod(lambda: None)
 
 
 def pytest_collection_finish() -> None:

@@ -27,6 +27,15 @@ IDS = {"all": [0, 3, 1, 1, -1, 3, 4, 0], "one": [2] * 23, "few": [1, 1, 1, 2], "
 op = torch.ops.fx_nvfp4
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _several_threads():
+    """Also where tests run with one thread each."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(2, os.cpu_count()))
+    yield
+    torch.set_num_threads(threads)
+
+
 def make_weight(n, k, seed=0):
     g = torch.Generator().manual_seed(seed)
     qdata = torch.randint(0, 256, (E, n, k // 2), generator=g, dtype=torch.uint8)

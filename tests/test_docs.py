@@ -47,8 +47,14 @@ _SHELL = [
     for p in (README, *PAGES)
     for body in blocks(p, "bash")
 ]
+# Of those that measure faithfulness, the one on a checkpoint takes a tenth of the time of that on whole sweeps.
+_SWEEPS = "$ python -m fx_nvfp4 faithfulness --device cpu"
 _COMMANDS = [
-    pytest.param(*_COMMAND.fullmatch(body).groups(), id=f"{p.stem}: {body.splitlines()[0]}")
+    pytest.param(
+        *_COMMAND.fullmatch(body).groups(),
+        id=f"{p.stem}: {body.splitlines()[0]}",
+        marks=[pytest.mark.slow] * body.startswith(_SWEEPS),
+    )
     for p in (README, *PAGES)
     for body in blocks(p, "console")
 ]

@@ -1,23 +1,35 @@
 """The examples run as they stand, and say what the README shows."""
 
+import contextlib
+import io
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def run(name, cache, *arguments, launcher=()):
-    """cache: Inductor's, one of its own for examples that show what one writes; None: that of all tests."""
+    """cache: Inductor's, for an example in a process of its own; None: the example runs in this one, with ours.
+
+    A process spends ten seconds on imports before it comes to the example.
+    """
+    if cache is None:
+        torch._dynamo.reset()
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+        return printed.getvalue()
     # Small products gain nothing from more threads, and wait for each other where cores are busy.
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if cache:
-        env["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": str(cache)}
     command = [sys.executable, *launcher, EXAMPLES / name, *arguments]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -100,7 +100,7 @@ def test_the_eager_expert_loop_is_named_with_what_to_do():
     model = fx_nvfp4.load(SMALL, progress=False)
     model.model.layers = model.model.layers[:1]
     model.set_experts_implementation("eager")
-    report = fx_nvfp4.explain(model, input_ids)
+    report = fx_nvfp4.explain(model, input_ids[:1, :2])  # each expert that has a token is compiled by itself
     assert any('set_experts_implementation("grouped_mm")' in note for note in report.notes)
 
 

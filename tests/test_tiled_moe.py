@@ -102,7 +102,7 @@ def test_layouts(layout, dtype, bias, device):
 @pytest.mark.in_part(4)
 @pytest.mark.parametrize("tokens", [1, 2, 7, 40])
 def test_chosen_configurations(tokens, device):
-    block = make(device=device, hidden=192, inner=128)
+    block = make(device=device, hidden=192)
     x = torch.randn(tokens, 192, device=device).half()
     check(block, x, *routing(tokens, 3, 4, device))
 
