@@ -1,6 +1,6 @@
 """Compiles the kernels for GPUs that need not be present, and prints what the compilers say as one JSON list.
 
-    python tests/cross_compile.py [--full] [--tiled] [--targets 90 gfx942 ...]
+    python tests/cross_compile.py [--full] [--tiled] [--copies] [--targets 90 gfx942 ...]
 
 Run it in a process of its own: where TRITON_INTERPRET is set, kernels are decorated for the interpreter and cannot be
 compiled.
@@ -192,8 +192,13 @@ if __name__ == "__main__":
     parser.add_argument("--full", action="store_true", help="every kernel in every dtype and tile")
     parser.add_argument("--tiled", action="store_true", help="only the kernels on tiled weights")
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--copies", action="store_true", help="only how the kernels on tiled weights load, of NVIDIA's")
     options = parser.parse_args()
-    if options.tiled:
+    if options.copies:
+        from cross_compile_tiled import copies_of
+
+        print(json.dumps(copies_of(options.targets)))
+    elif options.tiled:
         from cross_compile_tiled import compile_tiled
 
         print(json.dumps(compile_tiled(options.targets, options.full)))

@@ -1,5 +1,7 @@
 """The kernels on tiled weights in the configurations that are chosen, compiled as tests/cross_compile.py compiles."""
 
+import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +13,7 @@ from fx_nvfp4.kernels.activation import compile_activation
 from fx_nvfp4.kernels.config import ENTRY_BLOCK, TABLE_BLOCK, TABLE_COUNTED, TABLE_SLOTS_AT_ONCE
 from fx_nvfp4.kernels.entry import entry_kernel
 from fx_nvfp4.kernels.fragments import decode_form
+from fx_nvfp4.kernels.tile_candidates import shared_bytes
 from fx_nvfp4.kernels.tile_config import ALONE, Target, TileConfig, TileConfigs, by_load, defaults, takes_pairs
 from fx_nvfp4.kernels.tile_table import count_blocks_kernel, table_kernel, table_of_counts_kernel
 from fx_nvfp4.kernels.tiled_down import tiled_down_kernel
@@ -77,4 +80,19 @@ def compile_tiled(targets: list[str], full: bool) -> list[dict[str, Any]]:
                 compiled = compile_kernel(function, constants, dtype, target)
                 case = {"target": name, "kernel": kernel, "dtype": dtype, "shared": compiled.metadata.shared}
                 results.append({**case, **describe(compiled, target)})
+    return results
+
+
+def copies_of(targets: list[str]) -> list[dict[str, Any]]:
+    """For few slots on targets of NVIDIA: bytes and number of asynchronous copies, K being whole steps, and masked."""
+    results = []
+    for name in targets:
+        target = TARGETS[name]
+        config = by_load(1, kind_of(target))
+        for kernel, function, constants in products(target, TileConfigs(config, config)):
+            for masked in (False, True):
+                compiled = compile_kernel(function, {**constants, "MASKED": masked}, "bf16", target)
+                sizes = re.findall(r"cp\.async\.c[ag]\.shared\.global\b.*?, (0x\w+),", compiled.asm["ptx"])
+                case = {"target": name, "kernel": kernel, "masked": masked, "copies": Counter(sizes)}
+                results.append({**case, "shared": compiled.metadata.shared, "staged": shared_bytes(config)})
     return results
