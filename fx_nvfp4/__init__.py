@@ -12,6 +12,7 @@ from .layers import compile_layers
 from .parallel.experts import sharded_parameters
 from .parallel.linears import shard_linears
 from .parallel.shard import shard_experts
+from .parallel.sharded_state import load_sharded_state_dict, sharded_state_dict
 from .prepack_model import prepack
 from .prepare import prepare
 from .quantize import NVFP4Config, quantizable, quantize_
@@ -36,6 +37,7 @@ __all__ = [
     "format",
     "load",
     "load_file",
+    "load_sharded_state_dict",
     "moe",
     "nvfp4_emu",
     "ops",
@@ -48,4 +50,5 @@ __all__ = [
     "shard_experts",
     "shard_linears",
     "sharded_parameters",
+    "sharded_state_dict",
 ]

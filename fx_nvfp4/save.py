@@ -51,7 +51,7 @@ def save(model: Any, path: str | Path, producer: str = "modelopt", *, shard_size
     if is_sharded(model):
         raise ValueError(
             "save: this rank holds a part of the model alone, of experts or linear layers: save the model before it is "
-            "sharded, on one rank"
+            "sharded, on one rank, or load fx_nvfp4.sharded_state_dict(model) into one that is whole"
         )
     convention, activations = _CONVENTIONS[producer], _activations(model)
     described = _description(model, convention, activations)  # before anything is written: it may fail

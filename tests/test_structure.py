@@ -49,7 +49,7 @@ ALLOWED = {
     "fused": {"activation", "tensor"},
     "parameters": set(),
     "preparation": {"preparation", "fused", "layouts", "parameters", "passes", "report", "tensor", "torchao_interop"},
-    "parallel": {"checkpoints", "format", "fused", "parallel", "tensor"},
+    "parallel": {"checkpoints", "format", "fused", "layouts", "parallel", "tensor"},
     "prepare": {"checkpoints", "preparation", "report", "state_dict", "tensor"},
     "quantization": {"quantization", "checkpoints", "dialects", "format", "ops", "reference", "tensor"},
     "quantize": {"quantization", "report", "tensor"},

@@ -15,6 +15,11 @@ def share(count: int, rank: int, ranks: int) -> range:
     return range(count * rank // ranks, count * (rank + 1) // ranks)
 
 
+def bounds(count: int, ranks: int, each: int = 1) -> tuple[int, ...]:
+    """Where the shares of all ranks begin, and where the last one ends, in elements; each: how many a thing has."""
+    return tuple(each * share(count, rank, ranks).start for rank in range(ranks + 1))
+
+
 def by_expert(experts: Experts, name: str, mine: range) -> Tensor:
     """Whole experts of one weight or bias."""
     return own(experts.module.get_parameter(name).data[mine.start : mine.stop])

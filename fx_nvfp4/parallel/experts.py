@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from ..checkpoints.skeleton import experts_layout
 from ..fused import BIAS, DOWN_NAME, UP_NAMES, FusedExperts
 from ..tensor import NVFP4Weight
+from .placed import Placed
 
-_SHARDED = "_nvfp4_shard"  # on modules that hold a part of their weights already
+_SHARDED = "_nvfp4_shard"  # on modules that hold a part of their weights already: name -> Placed
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,19 @@ class Experts:
     def is_sharded(self) -> bool:
         return is_sharded(self.module)
 
-    def mark(self, count: int, whole: bool) -> None:
-        """Say that the module holds this many experts now; whole: all of each."""
-        mark(self.module)
+    def halves(self, name: str) -> int | None:
+        """Of a weight or bias, the dim whose rows are gate's and then up's; packed ones count as [E, N, K]."""
+        up = name.removesuffix(BIAS) in self.up
+        return self.rows(name) if up and self.layout == "concatenated" else None
+
+    def rows(self, name: str) -> int:
+        """The dim of a weight or bias that holds its rows, which the product gives; of packed ones, of [E, N, K]."""
+        value = self.module.get_parameter(name).data
+        return 2 if self.transposed and value.dim() == 3 and not isinstance(value, NVFP4Weight) else 1
+
+    def mark(self, count: int, whole: bool, parts: Mapping[str, Placed]) -> None:
+        """Say that the module holds this many experts now; whole: all of each; parts: where its parameters lie."""
+        mark(self.module, parts)
         if hasattr(self.module, "num_experts"):
             self.module.num_experts = count  # type: ignore[assignment]
         if hasattr(self.module, "_apply_gate"):
@@ -60,14 +71,19 @@ class Experts:
             self.module._is_expert_parallel = whole  # type: ignore[assignment]
 
 
-def mark(module: nn.Module) -> None:
-    """Say that a module holds a part of its weights alone."""
-    setattr(module, _SHARDED, True)
+def mark(module: nn.Module, parts: Mapping[str, Placed]) -> None:
+    """Say that a module holds a part of its weights alone; parts: where those lie, by the names of parameters."""
+    setattr(module, _SHARDED, parts)
 
 
 def is_marked(module: nn.Module) -> bool:
     """Whether :func:`mark` was said of a module."""
     return hasattr(module, _SHARDED)
+
+
+def marked(module: nn.Module) -> Mapping[str, Placed]:
+    """What :func:`mark` was told of a module; nothing where it was not called."""
+    return getattr(module, _SHARDED, {})
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -6,12 +6,14 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, TypeVar
 
+import torch
 from torch import nn
 
 from ..format import BLOCK
 from ..tensor import PART_OF_K, NVFP4Weight
 from . import cut
 from .experts import is_marked, mark
+from .placed import Placed
 from .shard import check_mesh
 
 if TYPE_CHECKING:
@@ -115,15 +117,19 @@ def _shard(layer: nn.Linear, style: str, mesh: DeviceMesh) -> None:
 
     rank, ranks = mesh.get_local_rank(), mesh.size()
     dim = 0 if style == COLUMNS else 1
-    mine = cut.share(layer.weight.shape[dim], rank, ranks)
+    size, packed = layer.weight.shape[dim], isinstance(layer.weight.data, NVFP4Weight)
+    mine, bounds = cut.share(size, rank, ranks), cut.bounds(size, ranks)
+    parts = {"weight": Placed(packed, mesh, dim, bounds)}
     weight = cut.own(layer.weight.data.narrow(dim, mine.start, len(mine)))
     layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
     if layer.bias is not None:
+        bias = layer.bias.data
         # Of several ranks, whose results are summed, one adds the bias.
-        kept = layer.bias.data[mine.start : mine.stop] if style == COLUMNS else layer.bias.data * (rank == 0)
+        kept = bias[mine.start : mine.stop] if style == COLUMNS else bias if rank == 0 else torch.zeros_like(bias)
         layer.bias = nn.Parameter(cut.own(kept), requires_grad=layer.bias.requires_grad)
+        parts["bias"] = Placed(False, mesh, 0, bounds) if style == COLUMNS else Placed(False, mesh)
     layer.out_features, layer.in_features = layer.weight.shape
-    mark(layer)
+    mark(layer, parts)
     if style == COLUMNS:
         shared_tokens.enter_whole(layer, mesh)
     else:

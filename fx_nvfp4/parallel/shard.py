@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, TypeVar
 from torch import nn
 
 from ..format import BLOCK
+from ..fused import BIAS, DOWN_NAME
 from ..tensor import PART_OF_K, NVFP4Weight
 from . import cut
 from .experts import Experts, find_experts
+from .placed import Placed
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -87,20 +89,39 @@ class Shards:
 
 
 def _install(experts: Experts, mesh: DeviceMesh, dim: str, tokens: str, count: int) -> None:
-    """Make a module that holds its rank's part, of count experts in all, return what the whole would."""
+    """Make a module that holds its rank's part return what the whole would.
+
+    Args:
+        count: experts, or blocks of the intermediate dim, of all ranks.
+    """
     from . import own_tokens, shared_tokens  # torch.distributed is not built everywhere
 
     rank, ranks = mesh.get_local_rank(), mesh.size()
     mine = cut.share(count, rank, ranks) if dim == "expert" else None
-    experts.mark(count if mine is None else len(mine), whole=mine is not None)
+    parts = {name: _placed(experts, name, mesh, dim, count) for name in experts.names()}
+    experts.mark(experts.count, whole=mine is not None, parts=parts)
     if tokens == "own":
         own_tokens.install(experts.module, mesh.get_group(), count, experts.weighted)
     else:
         shared_tokens.install(experts.module, mesh, mine)
 
 
+def _placed(experts: Experts, name: str, mesh: DeviceMesh, dim: str, count: int) -> Placed:
+    """Where the ranks' parts of a weight or bias lie."""
+    packed = isinstance(experts.module.get_parameter(name).data, NVFP4Weight)
+    halves, rows = experts.halves(name), experts.rows(name)
+    if dim == "expert":
+        return Placed(packed, mesh, 0, cut.bounds(count, mesh.size()), halves)
+    if name == DOWN_NAME + BIAS:
+        return Placed(packed, mesh)
+    if name == DOWN_NAME:
+        return Placed(packed, mesh, 3 - rows, cut.bounds(count, mesh.size(), BLOCK))
+    each = 2 * BLOCK if experts.layout == "interleaved" else BLOCK
+    return Placed(packed, mesh, rows, cut.bounds(count, mesh.size(), each), halves)
+
+
 def _shard(experts: Experts, mesh: DeviceMesh, dim: str, tokens: str) -> None:
-    rank, ranks, count = mesh.get_local_rank(), mesh.size(), experts.count
+    rank, ranks, count = mesh.get_local_rank(), mesh.size(), _count(experts, dim)
     mine = cut.share(count, rank, ranks) if dim == "expert" else cut.blocks_of(experts, rank, ranks)
     parts = {}
     for name in experts.names():
@@ -139,13 +160,18 @@ def _check(experts: Experts, ranks: int, dim: str) -> None:
     where = experts.path or "the model"
     if experts.is_sharded():
         raise ValueError(f"{where}: its experts are sharded already; shard the model as it was loaded")
-    check_count(where, experts.count if dim == "expert" else experts.inner // BLOCK, ranks, dim)
+    check_count(where, _count(experts, dim), ranks, dim)
     down = experts.down.data
     if dim == "intermediate" and isinstance(down, NVFP4Weight) and down.activations == "dynamic":
         raise ValueError(
             f"{where}: the activations of down_proj have a dynamic scale, the largest of all of the intermediate dim, "
             'which no rank would hold: calibrate for static scales, or shard by dim="expert"'
         )
+
+
+def _count(experts: Experts, dim: str) -> int:
+    """How many things the ranks share."""
+    return experts.count if dim == "expert" else experts.inner // BLOCK
 
 
 def check_count(where: str, count: int, ranks: int, dim: str) -> None:
