@@ -8,6 +8,7 @@ import torch.distributed.checkpoint as dcp
 from quantized_models import transformers_model
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 import fx_nvfp4
@@ -86,11 +87,11 @@ def same(found, wanted):
 
 def load(model, path):
     """What a user does; the memory of the model stays where it is."""
-    where = {name: t.data_ptr() for name, t in plain(model).items()}
+    where = {name: local(t).data_ptr() for name, t in plain(model).items()}
     state = fx_nvfp4.sharded_state_dict(model)
     dcp.load(state, checkpoint_id=path)
     fx_nvfp4.load_sharded_state_dict(model, state)
-    assert where == {name: t.data_ptr() for name, t in plain(model).items()}
+    assert where == {name: local(t).data_ptr() for name, t in plain(model).items()}
 
 
 def round_trips(rank, ranks, device, folder, kinds, dims=DIMS):
@@ -144,6 +145,28 @@ def real_models(rank, ranks, device, kind, out):
             load(model, f"{out}/{source}")
             assert torch.equal(model(ids).logits, found[name]), (source, name)
     return found
+
+
+def around_fsdp(rank, ranks, device, out):
+    """FSDP2's own DTensors go along with ours."""
+    mesh, made = init_device_mesh(device, (ranks,)), []
+    for seed in (0, 1):
+        model = Adapted(seed).to(device)
+        fx_nvfp4.shard_experts(model, mesh, tokens="own")
+        made.append(fully_shard(model, mesh=mesh, ignored_params=fx_nvfp4.sharded_parameters(model)))
+    wanted, model = made
+    state = fx_nvfp4.sharded_state_dict(wanted)
+    assert {n for n, t in state.items() if not isinstance(t, DTensor)} == set()
+    dcp.save(state, checkpoint_id=out)
+    load(model, out)
+    assert same(plain(model), plain(wanted))
+
+
+class Adapted(nn.Module):
+    def __init__(self, seed):
+        super().__init__()
+        self.experts = Model(seed=seed).experts
+        self.adapter = nn.Parameter(torch.randn(HIDDEN, HIDDEN))
 
 
 def whole(kind, **kwargs):

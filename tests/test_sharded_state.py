@@ -2,7 +2,7 @@
 
 Guarded here: by experts and by the intermediate dim, each into the other, into one process and a mesh of one; parts
 that torch.chunk would not make; rows that hold gate and up, one after the other and in turns; biases that the first
-rank alone has; weights in tiles; linear layers, packed and dense; a real checkpoint; what is refused.
+rank alone has; weights in tiles; linear layers, packed and dense; a real checkpoint; FSDP2 beside it; what is refused.
 """
 
 import contextlib
@@ -80,6 +80,11 @@ def test_models_of_transformers(kind, tmp_path):
     pytest.importorskip("transformers")
     results = run_on_ranks(shard_states.real_models, 2, tmp_path, kind, str(tmp_path))
     assert all(torch.equal(found, results[1][name]) for name, found in results[0].items())
+
+
+@pytest.mark.slow
+def test_experts_beside_what_fsdp_shards(tmp_path):
+    run_on_ranks(shard_states.around_fsdp, 2, tmp_path, str(tmp_path / "saved"))
 
 
 def test_a_mesh_of_one(mesh, tmp_path):
