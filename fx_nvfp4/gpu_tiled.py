@@ -1,7 +1,8 @@
 """The ops on a GPU with tiled weights (fx_nvfp4/prepack.py). The host never waits.
 
-A routed block is five launches, or three for one or two tokens: slots are sorted into tiles, rows of x are rounded and
-permuted, the up product leaves h rounded and permuted for the down product, and the weighted sum follows.
+A routed block is five launches: slots are sorted into tiles, rows of x are rounded and permuted, the up product leaves
+h rounded and permuted for the down product, and the weighted sum follows. One or two tokens, and up to four that hardly
+share experts, are not sorted; rows that need neither rounding nor another order do not enter.
 """
 
 from __future__ import annotations
