@@ -1,8 +1,8 @@
 """The ops on a GPU with tiled weights (fx_nvfp4/prepack.py). The host never waits.
 
-A routed block is five launches: slots are sorted into tiles, rows of x are rounded and permuted, the up product leaves
-h rounded and permuted for the down product, and the weighted sum follows. One or two tokens, and up to four that hardly
-share experts, are not sorted; rows that need neither rounding nor another order do not enter.
+A routed block is up to five launches: slots are sorted into tiles, rows of x are rounded and permuted, the up product
+leaves h rounded and permuted for the down product, and the weighted sum follows. One or two tokens, and up to four that
+hardly share experts, are not sorted; rows that need neither rounding nor another order do not enter.
 """
 
 from __future__ import annotations
@@ -152,8 +152,8 @@ def _enter(
 
     Without slots one scale is for all rows, or found from them.
     """
-    if act.mode == "none" and not permute and weights is None and not apart:
-        return Rows(x if x.is_contiguous() else x.contiguous(), False, None, last=False)
+    if act.mode == "none" and not permute and weights is None and not apart and x.is_contiguous():
+        return Rows(x, False, None, last=False)
     static = act.mode == "static" and act.dialect == "hardware"
     if act.mode == "none" or static:
         scale = act.scale if static else None

@@ -14,7 +14,16 @@ from fx_nvfp4.kernels.config import ENTRY_BLOCK, TABLE_BLOCK, TABLE_COUNTED, TAB
 from fx_nvfp4.kernels.entry import entry_kernel
 from fx_nvfp4.kernels.fragments import decode_form
 from fx_nvfp4.kernels.tile_candidates import shared_bytes
-from fx_nvfp4.kernels.tile_config import ALONE, Target, TileConfig, TileConfigs, by_load, defaults, takes_pairs
+from fx_nvfp4.kernels.tile_config import (
+    ALONE,
+    Target,
+    TileConfig,
+    TileConfigs,
+    by_load,
+    defaults,
+    needs_wait,
+    takes_pairs,
+)
 from fx_nvfp4.kernels.tile_table import count_blocks_kernel, table_kernel, table_of_counts_kernel
 from fx_nvfp4.kernels.tiled_down import tiled_down_kernel
 from fx_nvfp4.kernels.tiled_up import tiled_up_kernel
@@ -33,7 +42,8 @@ def product_constants(target: GPUTarget, config: TileConfig, direct: bool) -> di
     pdl = target.backend == "cuda" and target.arch >= 90
     pairs = takes_pairs(config, kind_of(target), direct)
     order = "permuted" if pairs and not direct else "pairs" if pairs else "fours"
-    constants = {"ORDER": order, "DIRECT": direct, "FORM": form, "MASKED": False, "WAIT": False}
+    constants = {"ORDER": order, "DIRECT": direct, "FORM": form, "MASKED": False}
+    constants["WAIT"] = needs_wait(config, kind_of(target))
     return {**constants, "PREFETCHED": config.prefetched, "PDL": pdl, **config.meta()}
 
 
@@ -42,7 +52,7 @@ def products(target: GPUTarget, configs: TileConfigs) -> Iterator[tuple[str, Any
     silu = compile_activation(parse("silu(g) * u").to_triton())
     constants = product_constants(target, configs.up, direct)
     permuted = constants["ORDER"] == "permuted"
-    gated = {"ACTIVATION": silu, "GATED": True, "INTERLEAVED": False, "PERMUTE_H": permuted, "EARLY": permuted}
+    gated = {"ACTIVATION": silu, "GATED": True, "INTERLEAVED": False, "PERMUTE_H": permuted, "EARLY": True}
     yield "tiled up", tiled_up_kernel, {**constants, **gated}
     yield "tiled down", tiled_down_kernel, product_constants(target, configs.down, direct)
 

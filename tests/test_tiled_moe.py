@@ -107,14 +107,17 @@ def test_chosen_configurations(tokens, device):
     check(block, x, *routing(tokens, 3, 4, device))
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 7])
+@pytest.mark.in_part(3)
+@pytest.mark.parametrize("mode", ["none", "static"])
+@pytest.mark.parametrize("tokens", [1, 5])
 @pytest.mark.parametrize("triton", [(3, 7), (3, 8)])
-def test_both_orders_of_the_matrix_units(triton, tokens, monkeypatch, device):
+def test_both_orders_of_the_matrix_units(triton, tokens, mode, monkeypatch, device):
     """mma.sync's left operand holds fours of neighbours up to Triton 3.7, and pairs since."""
     monkeypatch.setattr(tile_config, "_triton_version", lambda: triton)
-    block = make(experts=8, hidden=192, inner=128, act=activations(STATIC, "hardware", True, 8, device), device=device)
-    ids, weights = routing(tokens, 3, 8, device)
-    assert choose(tokens, BlockSizes(8, 3, 192, 128, True), "hopper").up.largest == 8
+    act = NONE if mode == "none" else activations(mode, "hardware", True, 8, device)
+    block = make(experts=8, hidden=192, inner=64, act=act, device=device)
+    ids, weights = routing(tokens, 2, 8, device)
+    assert choose(tokens, BlockSizes(8, 2, 192, 64, True), "hopper").up.largest == 8
     check(block, torch.randn(tokens, 192, device=device).half(), ids, weights)
 
 

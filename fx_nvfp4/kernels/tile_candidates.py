@@ -35,7 +35,8 @@ def candidates(each: float, k: int, target: Target, most: int = 14) -> list[Tile
 
 
 def _all(target: Target) -> list[TileConfig]:
-    tokens = [(8, 8), (16, 16), (16, 32), (16, 64), (16, 128), (32, 128)]
+    # No matrix instruction of AMD's has 8 columns.
+    tokens = [*([] if target == "hip" else [(8, 8)]), (16, 16), (16, 32), (16, 64), (16, 128), (32, 128)]
     stages = (2,) if target == "hip" else (3, 4)
     space = itertools.product((64, 128, 256), tokens, (64, 128, 256), (4, 8), stages)
     return [

@@ -65,13 +65,14 @@ def _triton_version() -> tuple[int, ...]:
     return tuple(map(int, metadata.version("triton").split(".")[:2]))
 
 
-def needs_wait(config: TileConfig) -> bool:
-    """Whether the loop must wait for the matrix units itself.
+def needs_wait(config: TileConfig, target: Target) -> bool:
+    """Whether the loop must wait for the matrix units itself, by an instruction that Hopper alone has.
 
     With a step of 64 and 64 tokens or more, Triton 3.6 leaves a wgmma in flight across the loop edge while its left
     operand's registers are written anew; results are wrong and change from run to run.
     """
-    return config.block_k < 128 and config.largest >= 64 and _triton_version() < (3, 7)
+    long = config.block_k < 128 and config.largest >= 64
+    return target == "hopper" and long and _triton_version() < (3, 7)
 
 
 def takes_pairs(config: TileConfig, target: Target, direct: bool) -> bool:

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import launch, wait_for_inputs
+from .operands import require
 from .sizes import cdiv
 from .tile_config import TileConfig
 from .tiled import prefetch, product, scaled
@@ -87,7 +88,7 @@ def tiled_down_kernel(
     PREFETCHED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """out[slot, :N] = row `slot` of x, permuted, by the slot's expert; without a table each has the next `batch`."""
+    """out[slot, :N] = row `slot` of x, in ORDER, by the slot's expert; without a table each has the next `batch`."""
     tile, part = find_work(tiles, parts, AT_ONCE)
     expert, count, first = find_tile(table_ptr, tile, batch, SMALLEST << (BODIES - 1), DIRECT)
     if (count == 0) | (expert < 0) | (expert >= experts):
@@ -138,13 +139,16 @@ def tiled_down_kernel(
 def down(rows: Rows, weight: TiledOperand, routing: Routing, config: TileConfig, everyone: bool = True) -> Tensor:
     """Row s of x [slots, K] by the expert of slot s -> [slots, N].
 
-    As :func:`up` this reads the table before the kernel that was launched last has ended.
+    This reads the table before the kernel that was launched last has ended. Where that wrote the table, rows.last being
+    False, the zeros of not `everyone` have to come between.
 
     Args:
         everyone: every slot has an expert, or what the others get does not matter; else they get zeros.
     """
     x = rows.x
     weight.check(x)
+    ordered = rows.last or routing.table is None or routing.direct or not everyone
+    require(ordered, "rows", "none entered, the table being last", "a kernel between the table's and this one")
     out = x.new_empty(routing.slots, weight.n) if everyone else x.new_zeros(routing.slots, weight.n)
     if out.numel() == 0:
         return out

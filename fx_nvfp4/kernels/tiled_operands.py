@@ -105,15 +105,15 @@ def stride(scale: Tensor | None) -> int:
 
 
 def constants(rows: Rows, routing: Routing, config: TileConfig) -> dict[str, Any]:
-    form = form_of(rows.x)
-    pairs = takes_pairs(config, target_of(rows.x), routing.direct)
+    form, target = form_of(rows.x), target_of(rows.x)
+    pairs = takes_pairs(config, target, routing.direct)
     require(pairs or not rows.permuted, "rows", rows.permuted, "columns in their own order for this configuration")
     return {
         "ORDER": "permuted" if rows.permuted else "pairs" if pairs else "fours",
         "DIRECT": routing.direct,
         "FORM": form,
         "MASKED": rows.x.shape[-1] % config.block_k != 0,
-        "WAIT": form == "sm90" and needs_wait(config),
+        "WAIT": form == "sm90" and needs_wait(config, target),
         "PREFETCHED": min(config.prefetched, next_power_of_2(rows.x.shape[-1] + 1) // 2),
         **config.meta(),
         **dependent_launch(rows.x),

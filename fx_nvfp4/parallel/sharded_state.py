@@ -34,7 +34,7 @@ def sharded_state_dict(model: nn.Module) -> dict[str, Any]:
     Of experts whose rows hold gate and then up, these and biases have [E, 2, N, ..] in place of [E, 2N, ..], so that
     a rank's parts of both are one part. What a rank holds a part of is a DTensor of the shape that all parts make, with
     ``Shard`` or ``Replicate`` on the mesh; a bias of which the first rank alone has values is replicated. Everything
-    else is as ``model.state_dict()`` has it.
+    else is as ``model.state_dict()`` has it, and taken to be the same on all ranks, adapters inside sharded layers too.
 
     Tensors share the model's memory, but for copies of weights in tiles, of biases of the first rank, and of parts that
     are not equally large: DTensors divide those as torch.chunk does, and rows travel for it.
@@ -77,8 +77,15 @@ def load_sharded_state_dict(model: nn.Module, state: Mapping[str, Any]) -> None:
             kept.append((name, value.data, place, {key: tuple(part.shape) for key, part in parts.items()}))
     _check(state, expected, rest)
     model.load_state_dict({name: state[name] for name in rest}, strict=False)
+    refused: ValueError | None = None
     for name, to, place, shapes in kept:
-        _copy(name, to, {key: _own(state[key], shape, place) for key, shape in shapes.items()})
+        parts = {key: _own(state[key], shape, place) for key, shape in shapes.items()}
+        try:
+            _copy(name, to, parts)
+        except ValueError as error:  # other ranks wait for this one's parts of the next
+            refused = refused or error
+    if refused is not None:
+        raise refused
 
 
 def _entries(model: nn.Module) -> Iterator[tuple[str, Any, Placed | None]]:
@@ -187,10 +194,9 @@ def _check(state: Mapping[str, Any], expected: Mapping[str, str], rest: Mapping[
         if found != look:
             raise ValueError(f"load_sharded_state_dict: {name}: expected {look}, found {found}: {_FILL}")
     for name, value in rest.items():
-        if isinstance(value, Tensor) and getattr(state[name], "shape", None) != value.shape:
+        if isinstance(value, Tensor) and _found(state[name]) != _found(value):
             raise ValueError(
-                f"load_sharded_state_dict: {name}: expected a tensor {list(value.shape)}, found {_found(state[name])}: "
-                f"{_FILL}"
+                f"load_sharded_state_dict: {name}: expected {_found(value)}, found {_found(state[name])}: {_FILL}"
             )
 
 
