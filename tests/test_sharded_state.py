@@ -118,8 +118,8 @@ def test_a_copy_of_a_sharded_model(mesh):
             lambda s: s.update({"whole.weight.block_scale_bytes": torch.zeros(64, 4)}),
             r"whole\.weight\.block_scale_bytes: expected a plain tensor torch\.uint8 \[64, 4\], found .*float32",
         ),
-        (lambda s: s.update({"norm.bias": torch.zeros(3)}), r"norm\.bias: expected a plain tensor torch.float32 \[64\], found .* \[3\]"),
-        (lambda s: s.update({"norm.bias": None}), r"norm\.bias: expected a plain tensor torch.float32 \[64\], found None"),
+        (lambda s: s.update({"norm.bias": torch.zeros(3)}), r"norm\.bias: expected .* \[64\], found .* \[3\]"),
+        (lambda s: s.update({"norm.bias": None}), r"norm\.bias: expected .* \[64\], found None"),
     ],
 )
 def test_states_that_do_not_fit_are_refused_whole(change, message, mesh):
