@@ -182,22 +182,18 @@ def _look(dtype: torch.dtype, shape: Sizes, placements: Any, mesh: Any) -> str:
 
 
 def _check(state: Mapping[str, Any], expected: Mapping[str, str], rest: Mapping[str, Any]) -> None:
-    """Raise unless the state has what the model expects, by look, and the rest, by shape."""
+    """Raise unless the state has what the model expects, and the rest, each of the same look."""
     for name in (*expected, *rest):
         if name not in state:
             raise ValueError(f"load_sharded_state_dict: the state lacks {name}, which the model has: {_FILL}")
     for name in state:
         if name not in expected and name not in rest:
             raise ValueError(f"load_sharded_state_dict: the state has {name}, which the model lacks: {_FILL}")
-    for name, look in expected.items():
+    looks = {**expected, **{name: _found(value) for name, value in rest.items() if isinstance(value, Tensor)}}
+    for name, look in looks.items():
         found = _found(state[name])
         if found != look:
             raise ValueError(f"load_sharded_state_dict: {name}: expected {look}, found {found}: {_FILL}")
-    for name, value in rest.items():
-        if isinstance(value, Tensor) and _found(state[name]) != _found(value):
-            raise ValueError(
-                f"load_sharded_state_dict: {name}: expected {_found(value)}, found {_found(state[name])}: {_FILL}"
-            )
 
 
 def _found(value: Any) -> str:
