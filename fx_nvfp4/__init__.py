@@ -4,6 +4,7 @@ model = torch.compile(fx_nvfp4.load(path), backend="nvfp4_emu")
 """
 
 from . import activation, dispatch, format, moe, ops
+from .attention import group_queries
 from .backend import nvfp4_emu
 from .calibrate import calibrate
 from .checkpoint import CheckpointError, load
@@ -35,6 +36,7 @@ __all__ = [
     "dispatch",
     "explain",
     "format",
+    "group_queries",
     "load",
     "load_file",
     "load_sharded_state_dict",

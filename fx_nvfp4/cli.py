@@ -105,7 +105,7 @@ def run_bench(args: argparse.Namespace) -> int:
         check_plot(args.plot)
         settings = Settings(
             args.tokens, args.new_tokens, args.batch, args.repeats, args.activations, args.mode, args.ways,
-            args.by_layer, args.record,
+            args.by_layer, args.record, args.attention,
         )  # fmt: skip
         if args.record and device.type != "cuda":
             raise ValueError("--record needs a CUDA device")
@@ -294,6 +294,9 @@ def _bench_parser(commands: Any) -> argparse.ArgumentParser:
         "--record", nargs="?", const="steps", default="", choices=["steps", "all"],
         help="replay each step of decoding as one CUDA graph; all: prefill too",
     )  # fmt: skip
+    timed.add_argument(
+        "--attention", default="", metavar="NAME", help="transformers' attn_implementation; default its own"
+    )
     timed.add_argument("--plot", type=Path, metavar="FILE", help="draw it too; needs matplotlib")
     timed.add_argument("--save", type=Path, metavar="FILE", help="what --json prints, saved after every measurement")
     timed.set_defaults(run=run_bench)

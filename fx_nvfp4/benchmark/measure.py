@@ -13,6 +13,7 @@ import torch
 import torch._inductor
 from torch import Tensor
 
+from ..attention import register
 from ..layers import compile_layers, uncompile_layers
 from .loading import Loading, measured_load, model_bytes, release
 from .recorded import Recorded
@@ -36,6 +37,7 @@ class Settings:
         ways: names in :data:`ways.WAYS`.
         by_layer: compile the layers, which are alike, and not the model as a whole; for all ways.
         record: "steps" of decoding, or "all" passes, prefill too: each is one CUDA graph; for all ways, on a GPU.
+        attention: transformers' name of an implementation, for all ways; "" for what the model has by itself.
     """
 
     tokens: Sequence[int] = (128, 1024)
@@ -47,6 +49,7 @@ class Settings:
     ways: Sequence[str] = tuple(WAYS)
     by_layer: bool = False
     record: str = ""
+    attention: str = ""
 
     def __post_init__(self) -> None:
         for name, value in (("new_tokens", self.new_tokens), ("repeats", self.repeats)):
@@ -135,6 +138,9 @@ def measure(
         model, loading = measured_load(folder, device, settings.activations, way.prepack)
         study = study or Study([], loading, name or folder.name, settings, where, torch.__version__)
         way.convert(model)
+        if settings.attention:
+            register()  # of names that transformers does not know, ours
+            model.set_attn_implementation(settings.attention)
         for batch, tokens in itertools.product(settings.batch, settings.tokens):
             study.rows.append(_time(model, way, batch, tokens, settings, device))
             progress(study)

@@ -54,7 +54,8 @@ def render_bench(study: Study) -> str:
 def _how(settings: Settings) -> str:
     whole = "layers compiled" if settings.by_layer else "compiled as a whole"
     recorded = {"": "", "steps": ", steps recorded as CUDA graphs", "all": ", all passes recorded as CUDA graphs"}
-    return f"{whole}, mode {settings.mode}{recorded[settings.record]}"
+    attention = f", attention by {settings.attention}" if settings.attention else ""
+    return f"{whole}, mode {settings.mode}{recorded[settings.record]}{attention}"
 
 
 def _loading(loading: Loading) -> str:
