@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 
 from .tile_config import Target, TileConfig, by_load
 
@@ -36,7 +35,7 @@ def candidates(each: float, k: int, target: Target, most: int = 14) -> list[Tile
 
 def _all(target: Target) -> list[TileConfig]:
     # No matrix instruction of AMD's has 8 columns.
-    tokens = [*([] if target == "hip" else [(8, 8)]), (16, 16), (16, 32), (16, 64), (16, 128), (32, 128)]
+    tokens = [*([] if target == "hip" else [(8, 8)]), (16, 16), (16, 32), (16, 64), (16, 96), (16, 128), (32, 128)]
     stages = (2,) if target == "hip" else (3, 4)
     space = itertools.product((64, 128, 256), tokens, (64, 128, 256), (4, 8), stages)
     return [
@@ -69,7 +68,7 @@ def cost(config: TileConfig, each: float, k: int, target: Target) -> float:
     full, rest = divmod(max(1.0, each), config.largest)
     bodies = [config.largest] * int(full)
     if rest:
-        bodies.append(max(config.smallest, 1 << math.ceil(math.log2(rest))))
+        bodies.append(next(size for size in config.sizes if size >= rest))
     held = min(_SHARED[target] // shared_bytes(config), _REGISTERS // (registers(config) * 32 * config.num_warps), 16)
     decode = config.rows * k / 1024 * _DECODE_ISSUES / 4
     total = 0.0

@@ -20,8 +20,8 @@ Target = Literal["hopper", "cuda", "hip"]
 class TileConfig:
     """Rows of the weight on M, tokens on N.
 
-    A tile of tokens holds up to `largest`; the loop is compiled for smallest, twice that, ..., largest tokens, and each
-    tile takes the smallest that holds it.
+    A tile of tokens holds up to `largest`, a power of two or one and a half of one; the loop is compiled for several
+    `sizes` from `smallest` on, and each tile takes the least that holds it.
     at_once: tiles of tokens whose programs take turns.
     prefetched: columns that a program asks for before its inputs are ready, a power of two.
     """
@@ -43,14 +43,25 @@ class TileConfig:
         return f"{tile}, {self.num_warps} warps, {self.num_stages} stages"
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """Numbers of tokens: powers of two, and what lies halfway between them from 48 on if `largest` does.
+
+        24 is 16 and 8, for which Hopper's matrix units want different layouts of the weight.
+        """
+        halfway = self.largest % 3 == 0
+        steps = (n for power in range(3, 9) for n in (2**power, 3 * 2**power // 2))
+        return tuple(n for n in steps if self.smallest <= n <= self.largest and (n % 3 or (halfway and n >= 48)))
+
+    @property
     def bodies(self) -> int:
-        return self.largest.bit_length() - self.smallest.bit_length() + 1
+        return len(self.sizes)
 
     def meta(self) -> dict[str, int]:
         """The keyword arguments of a launch."""
         return {
             "ROWS": self.rows,
-            "SMALLEST": self.smallest,
+            # A byte for each, the first lowest: generated code writes numbers, and no tuples.
+            "SIZES": sum(size << 8 * body for body, size in enumerate(self.sizes)),
             "BODIES": self.bodies,
             "BLOCK_K": self.block_k,
             "STAGES": self.num_stages,
@@ -69,9 +80,10 @@ def needs_wait(config: TileConfig, target: Target) -> bool:
     """Whether the loop must wait for the matrix units itself, by an instruction that Hopper alone has.
 
     With a step of 64 and 64 tokens or more, Triton 3.6 leaves a wgmma in flight across the loop edge while its left
-    operand's registers are written anew; results are wrong and change from run to run.
+    operand's registers are written anew; results are wrong and change from run to run. Two products in one step are
+    taken for as long.
     """
-    long = config.block_k < 128 and config.largest >= 64
+    long = config.largest % 3 == 0 or (config.block_k < 128 and config.largest >= 64)
     return target == "hopper" and long and _triton_version() < (3, 7)
 
 
@@ -242,12 +254,17 @@ _BY_LOAD: dict[Target, tuple[_Load, ...]] = {
             ),
         ),
         _Load(
+            10,
+            TileConfig(128, 16, 16, 128, num_warps=4, num_stages=4),
+            (TileConfig(64, 16, 16, 128, num_warps=4, num_stages=4),) * 2,
+        ),
+        _Load(
             24,
             TileConfig(128, 16, 32, 128, num_warps=4, num_stages=4),
             (TileConfig(64, 16, 32, 128, num_warps=4, num_stages=4),) * 2,
         ),
         _same(48, TileConfig(128, 16, 64, 128, num_warps=4, num_stages=3, at_once=8)),
-        _same(96, TileConfig(128, 16, 64, 64, num_warps=4, num_stages=4, at_once=8)),
+        _same(80, TileConfig(128, 16, 96, 64, num_warps=4, num_stages=4, at_once=8)),
         _same(math.inf, TileConfig(128, 16, 128, 64, num_warps=4, num_stages=3, at_once=8)),
     ),
     "cuda": (

@@ -34,9 +34,10 @@ def product(
     scales_ptr,
     x_ptrs,
     x_mask,
+    rest_ptrs,
+    rest_mask,
     K,
     ROWS: tl.constexpr,
-    TOKENS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
     MASKED: tl.constexpr,
@@ -45,12 +46,13 @@ def product(
     dtype: tl.constexpr,
     FORM: tl.constexpr,
 ):
-    """float32 [ROWS, TOKENS] = (code * block scale / 128)[ROWS, K] @ x[TOKENS, K].T.
+    """float32 [ROWS, tokens] = (code * block scale / 128)[ROWS, K] @ x[tokens, K].T, of x and of the rest of x.
 
     Args:
         words_ptr, scales_ptr: of the first chunk of each tile of 16 rows, [ROWS / 16].
-        x_ptrs: of each row's first element, [TOKENS].
-        x_mask: [TOKENS].
+        x_ptrs: of each row's first element, [tokens].
+        x_mask: [tokens].
+        rest_ptrs, rest_mask: of more rows, or None.
         MASKED: K is not a multiple of BLOCK_K.
         ORDER: "permuted", x's columns are in the order of prepack.permute_k; or they are in their own and are read as
             the matrix units hold them, in "pairs" or "fours" (tile_config.takes_pairs).
@@ -67,23 +69,40 @@ def product(
     if ORDER == "fours":
         column = k // 64 * 64 + k // 4 % 4 * 16 + k // 16 % 4 * 4 + k % 4
     x_ptrs = x_ptrs[:, None] + column[None, :]
-    acc = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
+    acc = tl.zeros((ROWS, x_mask.shape[0]), dtype=tl.float32)
+    rest = acc
+    if rest_ptrs is not None:
+        rest_ptrs = rest_ptrs[:, None] + column[None, :]
+        rest = tl.zeros((ROWS, rest_mask.shape[0]), dtype=tl.float32)
     for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        left = K - start
         if MASKED:
-            left = K - start
             words = tl.load(words_ptrs + start * 2, mask=(word < left * 2)[None, :], other=0)
             scales = tl.load(scales_ptrs + start // 2, mask=(lane < left // 2)[None, :], other=0)
-            x = tl.load(x_ptrs, mask=x_mask[:, None] & (k < left)[None, :], other=0.0)
         else:
             words = tl.load(words_ptrs + start * 2)
             scales = tl.load(scales_ptrs + start // 2)
-            x = tl.load(x_ptrs, mask=x_mask[:, None], other=0.0)
+        x = columns_of(x_ptrs, x_mask, k, left, MASKED)
+        if rest_ptrs is not None:
+            x_of_rest = columns_of(rest_ptrs, rest_mask, k, left, MASKED)
         if WAIT:
             words = after_products(words)
         w = decode_fragments(words.to(tl.uint32, bitcast=True), scales, dtype, FORM, ORDER != "fours")
         acc = tl.dot(w, tl.trans(x), acc)
         x_ptrs += BLOCK_K
-    return acc
+        if rest_ptrs is not None:
+            rest = tl.dot(w, tl.trans(x_of_rest), rest)
+            rest_ptrs += BLOCK_K
+    return acc, rest
+
+
+@triton.jit
+def columns_of(ptrs, mask, k, left, MASKED: tl.constexpr):
+    """A step's columns k of rows, to which ptrs [rows, columns] and mask [rows] belong; `left` are before the end."""
+    if MASKED:
+        return tl.load(ptrs, mask=mask[:, None] & (k < left)[None, :], other=0.0)
+    else:
+        return tl.load(ptrs, mask=mask[:, None], other=0.0)
 
 
 @triton.jit

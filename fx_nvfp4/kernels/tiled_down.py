@@ -43,13 +43,23 @@ def down_tile(
 ):
     """The tile's rows of out; pointers to scales and biases are the expert's own."""
     dtype: tl.constexpr = out_ptr.dtype.element_ty
-    slots, mask = slots_of_tile(table_ptr, first, count, TOKENS, DIRECT)
+    REST: tl.constexpr = TOKENS // 3 if TOKENS % 3 == 0 else 0  # 96 tokens are 64 and 32 by the same weights
+    slots, mask = slots_of_tile(table_ptr, first, count, 0, TOKENS - REST, DIRECT)
     x_ptrs = x_ptr + slots * K
+    rest_slots, rest_ptrs, rest_mask = slots, None, mask
+    if REST:
+        rest_slots, rest_mask = slots_of_tile(table_ptr, first, count, TOKENS - REST, REST, DIRECT)
+        rest_ptrs = x_ptr + rest_slots * K
     scale = row_scale(global_scale_ptr, stride_gn, output, N, factor)
-    acc = product(words, scales, x_ptrs, mask, K, ROWS, TOKENS, BLOCK_K, STAGES, MASKED, ORDER, WAIT, dtype, FORM)
-    y = scaled(acc, scale, bias_ptr, stride_bn, output, N, dtype)
-    ptrs = out_ptr + slots[:, None] * N + output[None, :]
-    tl.store(ptrs, tl.trans(y.to(dtype)), mask=mask[:, None] & (output < N)[None, :])
+    acc, rest = product(
+        words, scales, x_ptrs, mask, rest_ptrs, rest_mask, K, ROWS, BLOCK_K, STAGES, MASKED, ORDER, WAIT, dtype, FORM
+    )
+    for part in tl.static_range(2 if REST else 1):
+        y = scaled(acc if part == 0 else rest, scale, bias_ptr, stride_bn, output, N, dtype)
+        places = slots if part == 0 else rest_slots
+        there = mask if part == 0 else rest_mask
+        ptrs = out_ptr + places[:, None] * N + output[None, :]
+        tl.store(ptrs, tl.trans(y.to(dtype)), mask=there[:, None] & (output < N)[None, :])
 
 
 @triton.jit(do_not_specialize=["tiles", "parts", "experts", "batch", "stride_ie"])
@@ -78,7 +88,7 @@ def tiled_down_kernel(
     DIRECT: tl.constexpr,
     FORM: tl.constexpr,
     ROWS: tl.constexpr,
-    SMALLEST: tl.constexpr,
+    SIZES: tl.constexpr,
     BODIES: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
@@ -90,7 +100,7 @@ def tiled_down_kernel(
 ):
     """out[slot, :N] = row `slot` of x, in ORDER, by the slot's expert; without a table each has the next `batch`."""
     tile, part = find_work(tiles, parts, AT_ONCE)
-    expert, count, first = find_tile(table_ptr, tile, batch, SMALLEST << (BODIES - 1), DIRECT)
+    expert, count, first = find_tile(table_ptr, tile, batch, SIZES >> 8 * (BODIES - 1), DIRECT)
     if (count == 0) | (expert < 0) | (expert >= experts):
         wait_for_inputs(PDL)
         return
@@ -107,7 +117,7 @@ def tiled_down_kernel(
         bias_ptr += expert * stride_be
     output = part * ROWS + tl.arange(0, ROWS)
     for body in tl.static_range(BODIES):
-        if is_for(count, SMALLEST << body, SMALLEST):
+        if is_for(count, SIZES, body):
             down_tile(
                 table_ptr,
                 first,
@@ -124,7 +134,7 @@ def tiled_down_kernel(
                 K,
                 stride_gn,
                 stride_bn,
-                SMALLEST << body,
+                SIZES >> 8 * body & 255,
                 ORDER,
                 DIRECT,
                 FORM,

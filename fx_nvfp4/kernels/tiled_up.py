@@ -57,13 +57,65 @@ def up_tile(
 ):
     """The tile's rows of out; pointers to scales and biases are the expert's own."""
     dtype: tl.constexpr = out_ptr.dtype.element_ty
-    slots, mask = slots_of_tile(table_ptr, first, count, TOKENS, DIRECT)
+    REST: tl.constexpr = TOKENS // 3 if TOKENS % 3 == 0 else 0  # 96 tokens are 64 and 32 by the same weights
+    slots, mask = slots_of_tile(table_ptr, first, count, 0, TOKENS - REST, DIRECT)
     x_ptrs = x_ptr + slots // slots_per_row * K
+    rest_slots, rest_ptrs, rest_mask = slots, None, mask
+    if REST:
+        rest_slots, rest_mask = slots_of_tile(table_ptr, first, count, TOKENS - REST, REST, DIRECT)
+        rest_ptrs = x_ptr + rest_slots // slots_per_row * K
     # Read ahead of the product, as nothing else would hide how long it takes.
     scale = row_scale(global_scale_ptr, stride_gn, output, N, factor)
-    if GATED:
-        gate_scale = row_scale(gate_global_scale_ptr, stride_gn, output, N, factor)
-    acc = product(words, scales, x_ptrs, mask, K, ROWS, TOKENS, BLOCK_K, STAGES, MASKED, ORDER, WAIT, dtype, FORM)
+    gate_scale = row_scale(gate_global_scale_ptr, stride_gn, output, N, factor) if GATED else scale
+    acc, rest = product(
+        words, scales, x_ptrs, mask, rest_ptrs, rest_mask, K, ROWS, BLOCK_K, STAGES, MASKED, ORDER, WAIT, dtype, FORM
+    )
+    for part in tl.static_range(2 if REST else 1):
+        leave_up(
+            acc if part == 0 else rest,
+            scale,
+            gate_scale,
+            gate_bias_ptr,
+            bias_ptr,
+            stride_bn,
+            h_scale_ptr,
+            output,
+            N,
+            out_ptr,
+            slots if part == 0 else rest_slots,
+            mask if part == 0 else rest_mask,
+            ACTIVATION,
+            GATED,
+            INTERLEAVED,
+            PERMUTE_H,
+            FORM,
+        )
+
+
+@triton.jit
+def leave_up(
+    acc,
+    scale,
+    gate_scale,
+    gate_bias_ptr,
+    bias_ptr,
+    stride_bn,
+    h_scale_ptr,
+    output,
+    N,
+    out_ptr,
+    slots,
+    mask,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    PERMUTE_H: tl.constexpr,
+    FORM: tl.constexpr,
+):
+    """acc [rows, tokens] to the rows `slots` of out."""
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    ROWS: tl.constexpr = acc.shape[0]
+    TOKENS: tl.constexpr = acc.shape[1]
     up = acc
     if GATED:
         if INTERLEAVED:
@@ -118,7 +170,7 @@ def tiled_up_kernel(
     DIRECT: tl.constexpr,
     FORM: tl.constexpr,
     ROWS: tl.constexpr,
-    SMALLEST: tl.constexpr,
+    SIZES: tl.constexpr,
     BODIES: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
@@ -139,7 +191,7 @@ def tiled_up_kernel(
     if not EARLY:
         wait_for_inputs(PDL)
     tile, part = find_work(tiles, parts, AT_ONCE)
-    expert, count, first = find_tile(table_ptr, tile, 0, SMALLEST << (BODIES - 1), DIRECT)
+    expert, count, first = find_tile(table_ptr, tile, 0, SIZES >> 8 * (BODIES - 1), DIRECT)
     if (count == 0) | (expert < 0) | (expert >= experts):
         if EARLY:
             wait_for_inputs(PDL)
@@ -173,7 +225,7 @@ def tiled_up_kernel(
     OUTPUTS: tl.constexpr = ROWS // 2 if GATED else ROWS
     output = part * OUTPUTS + tl.arange(0, OUTPUTS)
     for body in tl.static_range(BODIES):
-        if is_for(count, SMALLEST << body, SMALLEST):
+        if is_for(count, SIZES, body):
             up_tile(
                 table_ptr,
                 first,
@@ -194,7 +246,7 @@ def tiled_up_kernel(
                 K,
                 stride_gn,
                 stride_bn,
-                SMALLEST << body,
+                SIZES >> 8 * body & 255,
                 ACTIVATION,
                 GATED,
                 INTERLEAVED,

@@ -40,9 +40,9 @@ def find_tile(table_ptr, tile, batch, LARGEST: tl.constexpr, DIRECT: tl.constexp
 
 
 @triton.jit
-def slots_of_tile(table_ptr, first, count, TOKENS: tl.constexpr, DIRECT: tl.constexpr):
-    """(int64 slots [TOKENS], mask)."""
-    place = tl.arange(0, TOKENS)
+def slots_of_tile(table_ptr, first, count, PLACE: tl.constexpr, TOKENS: tl.constexpr, DIRECT: tl.constexpr):
+    """(int64 slots [TOKENS], mask) from the tile's place PLACE on."""
+    place = PLACE + tl.arange(0, TOKENS)
     mask = place < count
     slots = first + place
     if not DIRECT and table_ptr is not None:
@@ -51,9 +51,9 @@ def slots_of_tile(table_ptr, first, count, TOKENS: tl.constexpr, DIRECT: tl.cons
 
 
 @triton.jit
-def is_for(count, TOKENS: tl.constexpr, SMALLEST: tl.constexpr):
-    """Whether the loop for TOKENS tokens is the smallest that holds so many."""
-    return (count <= TOKENS) & (count > TOKENS // 2 * (TOKENS > SMALLEST))
+def is_for(count, SIZES: tl.constexpr, body: tl.constexpr):
+    """Whether the loop of this number is the smallest that holds so many; SIZES has a byte for each, rising."""
+    return (count <= SIZES >> 8 * body & 255) & (count > (SIZES << 8) >> 8 * body & 255)
 
 
 @triton.jit
