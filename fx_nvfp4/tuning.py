@@ -55,7 +55,8 @@ class Problem(NamedTuple):
 
     @property
     def sizes(self) -> BlockSizes:
-        return BlockSizes(self.experts, self.top, self.hidden, self.inner, self.layout != "plain")
+        gated, rounds = self.layout != "plain", self.activations != "none, none"
+        return BlockSizes(self.experts, self.top, self.hidden, self.inner, gated, rounds)
 
 
 @dataclasses.dataclass(frozen=True)

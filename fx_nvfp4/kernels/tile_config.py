@@ -122,6 +122,7 @@ class BlockSizes(NamedTuple):
     hidden: int
     inner: int
     gated: bool
+    rounds: bool = False  # activations to NVFP4, of either product
 
     @property
     def up_rows(self) -> int:
@@ -153,12 +154,10 @@ def target_of_device(device: int) -> Target:
 def choose(tokens: int, sizes: BlockSizes, target: Target) -> TileConfigs:
     """For a routed block."""
     load = sizes.load(tokens)
-    up, down, long = _FEW_TOKENS[target]
     # Sorting takes two launches more, and saves reading an expert again: mostly from the cache, if it is read.
     if tokens <= 2 or (tokens <= 4 and load <= 0.25):
-        programs = tokens * sizes.top * math.ceil(sizes.hidden / down.rows)
-        last = long if sizes.inner >= 4096 and programs <= _FILLING else down
-        return TileConfigs(fitted(up, sizes.hidden), last, direct=True)
+        up, down = _direct(tokens, sizes, target)
+        return TileConfigs(fitted(up, sizes.hidden), down, direct=True)
     of_load = _of_load(load, target)
 
     def of(rows: int) -> TileConfig:
@@ -169,6 +168,29 @@ def choose(tokens: int, sizes: BlockSizes, target: Target) -> TileConfigs:
         return of_load.config if programs(of_load.config) > _FILLING else few if programs(few) <= _AT_ONCE else more
 
     return TileConfigs(fitted(of(sizes.up_rows), sizes.hidden), fitted(of(sizes.hidden), sizes.inner))
+
+
+def _direct(tokens: int, sizes: BlockSizes, target: Target) -> tuple[TileConfig, TileConfig]:
+    """(up, down) where every slot is by itself.
+
+    A product's programs start while those of the one before still run, on whichever multiprocessor has room: few and
+    wide ones come to be unevenly spread. The limits are those that fit what was measured of one token.
+    """
+    usual, down, narrow, long = _FEW_TOKENS[target]
+
+    def programs(rows: int, config: TileConfig) -> int:
+        return tokens * sizes.top * math.ceil(rows / config.rows)
+
+    up, wide = usual, programs(sizes.hidden, down)
+    if sizes.inner >= 4096 and wide <= _FILLING:
+        return up, long
+    if tokens > 1:
+        return up, down
+    if sizes.rounds and _AT_ONCE < programs(sizes.up_rows, up) <= 2 * _AT_ONCE:
+        up = narrow
+    if sizes.rounds and programs(sizes.hidden, long) <= 2 * _AT_ONCE:
+        return up, long
+    return up, narrow if sizes.rounds or wide > _AT_ONCE else down
 
 
 def fitted(config: TileConfig, k: int) -> TileConfig:
@@ -209,8 +231,9 @@ def for_rows(rows: int, n: int, target: Target) -> TileConfig:
 
 def defaults(target: Target) -> list[TileConfigs]:
     """Pairs that hold all that is chosen without tuning, for each product."""
-    up, *downs = _FEW_TOKENS[target]
-    few = [TileConfigs(fitted(up, k), down, direct=True) for down in downs for k in _ANY_K]
+    up, *narrower = _FEW_TOKENS[target]
+    few = [TileConfigs(fitted(up, k), down, direct=True) for down in narrower for k in _ANY_K]
+    few += [TileConfigs(fitted(narrower[1], k), narrower[1], direct=True) for k in _ANY_K]
     alike = [fitted(c, k) for load in _BY_LOAD[target] for c in (load.config, *load.few) for k in _ANY_K]
     return list(dict.fromkeys([*few, *(TileConfigs(c, c) for c in (*alike, *ALONE[target]))]))
 
@@ -231,15 +254,16 @@ def _same(most: float, config: TileConfig) -> _Load:
 _ANY_K = (256, 128, 64)  # the largest power of two in K, of which the first stands for those above
 _AT_ONCE = 396  # programs of 64 rows that an H100 holds at a time, four steps of 256 columns loaded ahead
 _FILLING = 256  # programs; an H100 has 132 multiprocessors
-# (up, down, down of few and long programs)
-_FEW_TOKENS: dict[Target, tuple[TileConfig, TileConfig, TileConfig]] = {
+# (up, down, narrower ones of either, of few and long programs)
+_FEW_TOKENS: dict[Target, tuple[TileConfig, TileConfig, TileConfig, TileConfig]] = {
     "hopper": (
         TileConfig(64, 8, 8, 256, num_warps=4, num_stages=3),
         TileConfig(64, 8, 8, 256, num_warps=4, num_stages=3),
+        TileConfig(32, 8, 8, 256, num_warps=2, num_stages=4),
         TileConfig(16, 8, 8, 512, num_warps=1, num_stages=3),
     ),
-    "cuda": (TileConfig(32, 8, 8, 128, num_warps=2, num_stages=4),) * 3,
-    "hip": (TileConfig(32, 16, 16, 64, num_warps=2, num_stages=2),) * 3,
+    "cuda": (TileConfig(32, 8, 8, 128, num_warps=2, num_stages=4),) * 4,
+    "hip": (TileConfig(32, 16, 16, 64, num_warps=2, num_stages=2),) * 4,
 }
 # Hopper's are the fastest of those tried on an H100 and an H200 with Triton 3.6; nobody has timed the others, which are
 # the largest that spill no registers.
