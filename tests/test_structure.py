@@ -69,9 +69,10 @@ ALLOWED = {
     },
     "random_checkpoint": {"checkpoints", "format", "random_checkpoint"},
     "benchmark": {
-        *("benchmark", "checkpoint", "checkpoints", "faithfulness", "format", "layers", "parameters"),
+        *("attention", "benchmark", "checkpoint", "checkpoints", "faithfulness", "format", "layers", "parameters"),
         *("random_checkpoint", "report_table", "tensor"),
     },
+    "attention": set(),
     "layers": set(),
     "lm_harness": {"checkpoint", "prepare"},
     "cli": {
