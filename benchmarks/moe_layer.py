@@ -3,6 +3,7 @@
     python benchmarks/moe_layer.py                                          # five models' layers, 1 to 16384 tokens
     python benchmarks/moe_layer.py --shapes qwen3-30b --tokens 1 16 64
     python benchmarks/moe_layer.py --shapes mixtral-8x7b --json r.json --plot r.png --vllm-wheel vllm-0.33.0-*.whl
+    python benchmarks/moe_layer.py --saved benchmarks/results/h200.json     # what was measured before
     python benchmarks/moe_layer.py --shapes tiny --device cpu               # that it runs; its numbers mean nothing
 
 Measured is a forward of the routed experts: gather, gate and up, SiLU, down, weighted sum; from x [T, H] in bf16,
@@ -43,6 +44,8 @@ from moe_layer_parts.vllm_peers import add_wheels
 @torch.no_grad()
 def main(argv: Sequence[str] | None = None) -> Run:
     args = parse_arguments(argv)
+    if args.saved:
+        return show(Run.saved(args.saved), args.plot)
     torch.manual_seed(0)
     add_wheels(args.vllm_wheel)
     device = torch.device(args.device)
@@ -64,6 +67,20 @@ def main(argv: Sequence[str] | None = None) -> Run:
             )
         if args.plot:
             save_plot(run, args.plot)
+    return run
+
+
+def show(run: Run, plot: str | None) -> Run:
+    """Print what was measured before."""
+    print(f"{run.device}; {', '.join(f'{k} {v}' for k, v in run.environment.items() if v)}")
+    known = [*map(ours, FORMATS), *PEERS.values()]
+    for title in dict.fromkeys(cell.shape for cell in run.cells):
+        cells = [cell for cell in run.cells if cell.shape == title]
+        variants = [variant for variant in known if any(cell.variant == variant.name for cell in cells)]
+        shape = next(shape for shape in SHAPES.values() if shape.title == title)
+        print(f"\n{heading(shape, cells, run)}\n{render(cells, variants)}")
+    if plot:
+        save_plot(run, plot)
     return run
 
 
@@ -111,6 +128,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--json", metavar="FILE", help="saved after every cell")
     parser.add_argument("--plot", metavar="FILE", help="roofline, drawn after every shape; needs matplotlib")
+    parser.add_argument("--saved", metavar="FILE", help="measure nothing: the tables and the plot of an earlier --json")
     parser.add_argument(
         "--vllm-wheel", nargs="+", default=[], metavar="PATH", help="vLLM and what it needs: wheels, or folders"
     )

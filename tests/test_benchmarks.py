@@ -217,6 +217,13 @@ def test_a_small_run(tmp_path, capsys):
     assert "best peer / ours" in out
     assert raw["environment"]["torch"] == torch.__version__
     assert picture.stat().st_size > 0
+    shown = moe_layer.main(["--saved", str(file), "--plot", str(picture.with_suffix(".svg"))])
+    assert (shown.cells, shown.at_start) == (run.cells, run.at_start)
+    table = [line for line in out.splitlines() if line.startswith("|")]
+    assert table == [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    file.write_text(json.dumps(raw | {"schema": 0}))
+    with pytest.raises(ValueError, match="expected schema 1"):
+        moe_layer.main(["--saved", str(file)])
 
 
 @pytest.mark.gpu

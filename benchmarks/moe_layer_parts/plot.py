@@ -2,47 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from fx_nvfp4.faithfulness.plot import require_matplotlib
 
 from .results import Cell, Run
-from .shapes import SHAPES, Shape
+from .shapes import SHAPES, Rates, Shape
 
 
 def save_plot(run: Run, file: str | Path) -> None:
-    """Draw all cells, a colour a layer and a marker a variant, below the roof measured at the start.
+    """Draw all cells, a panel a layer and a marker a variant, below the roof measured at the start.
 
     Raises:
         ImportError: matplotlib is not installed.
         ValueError: matplotlib does not know the file's ending.
     """
     figure_class, canvas = require_matplotlib()
-    figure = figure_class(figsize=(9, 6), layout="constrained")
-    canvas(figure)
-    axes = figure.subplots()
     shapes = {shape.title: shape for shape in SHAPES.values()}
     done = [cell for cell in run.cells if cell.microseconds is not None]
     titles, variants = (list(dict.fromkeys(getattr(c, name) for c in done)) for name in ("shape", "variant"))
-    for title in titles:
+    columns = max(1, min(3, len(titles)))
+    rows = max(1, math.ceil(len(titles) / columns))
+    figure = figure_class(figsize=(2 + 4 * columns, 1 + 4 * rows), layout="constrained")
+    canvas(figure)
+    panels = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
+    for panel, title in zip(panels, titles, strict=False):
+        points = [(c.variant, *_point(c, shapes)) for c in done if c.shape == title]
         for variant in variants:
-            points = [_point(c, shapes) for c in done if (c.shape, c.variant) == (title, variant)]
-            if points:
-                marker, colour = "osv^D*PX<>"[variants.index(variant) % 10], f"C{titles.index(title)}"
-                style = "-" if variant.startswith("ours") else ":"
-                axes.plot(*zip(*points, strict=True), style, marker=marker, color=colour, label=f"{title}, {variant}")
-    rates = run.at_start
-    ridge = rates.matmul / rates.read
-    intensities = sorted({x for x, _ in (_point(c, shapes) for c in done)} | {ridge})
-    axes.plot(intensities, [min(rates.read * x, rates.matmul) * 1e-12 for x in intensities], "k-", label="roof")
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlabel("operations a byte of the packed experts hit")
-    axes.set_ylabel("TFLOP/s")
-    axes.set_title(f"{run.device}, torch {run.environment['torch']}: {rates}")
-    figure.legend(loc="outside right upper", fontsize="x-small")
+            line = [(x, y) for name, x, y in points if name == variant]
+            style, mark = "-" if variant.startswith("ours") else ":", variants.index(variant) % 10
+            if line:
+                panel.plot(*zip(*line, strict=True), style, marker="osv^D*PX<>"[mark], color=f"C{mark}", label=variant)
+        _draw_roof(panel, run.at_start, [x for _, x, _ in points])
+        panel.set(title=title, xscale="log", yscale="log", xlabel="operations a byte of the packed experts hit")
+    for panel in panels[len(titles) :]:
+        panel.set_axis_off()
+    panels[0].set_ylabel("TFLOP/s")
+    figure.suptitle(f"{run.device}, torch {run.environment['torch']}: {run.at_start}")
+    handles = dict(zip(*reversed(panels[0].get_legend_handles_labels()), strict=True)) if titles else {}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
     figure.savefig(file)
+
+
+def _draw_roof(panel: Any, rates: Rates, intensities: Sequence[float]) -> None:
+    xs = sorted({*intensities, rates.matmul / rates.read})
+    panel.plot(xs, [min(rates.read * x, rates.matmul) * 1e-12 for x in xs], "k-", label="roof")
 
 
 def _point(cell: Cell, shapes: Mapping[str, Shape]) -> tuple[float, float]:

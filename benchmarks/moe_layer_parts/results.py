@@ -88,3 +88,12 @@ class Run:
         """As JSON."""
         raw = {"schema": SCHEMA, **dataclasses.asdict(self)}
         Path(file).write_text(json.dumps(raw, indent=1) + "\n")
+
+    @classmethod
+    def saved(cls, file: str | Path) -> Run:
+        """What :meth:`save` wrote; ValueError for another schema."""
+        raw = json.loads(Path(file).read_text())
+        if raw.get("schema") != SCHEMA:
+            raise ValueError(f"{file}: expected schema {SCHEMA} of a run of moe_layer.py, found {raw.get('schema')}")
+        cells = [Cell(**{**cell, "rates": cell["rates"] and Rates(**cell["rates"])}) for cell in raw["cells"]]
+        return cls(raw["device"], Rates(**raw["at_start"]), cells, raw["environment"])
