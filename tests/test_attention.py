@@ -30,14 +30,14 @@ def tensors(tokens, heads=6, kept=2, stored=11):
     return query, key, value
 
 
-@pytest.mark.parametrize("mask_heads", [None, 1, 6])
+@pytest.mark.parametrize("mask_of", [None, (3, 1), (3, 6), (1, 6)])
 @pytest.mark.parametrize("tokens", [1, 4])
 @pytest.mark.parametrize("kept", [2, 6])
-def test_the_numbers_are_sdpa_s(tokens, mask_heads, kept):
+def test_the_numbers_are_sdpa_s(tokens, mask_of, kept):
     query, key, value = tensors(tokens, kept=kept)
     mask = None
-    if mask_heads is not None:
-        mask = torch.rand(3, mask_heads, tokens, 11) < 0.7
+    if mask_of is not None:
+        mask = torch.rand(*mask_of, tokens, 11) < 0.7
         mask[..., 0] = True
     module = sharing(6 // kept)
     given = {"scaling": 0.3, "sliding_window": None, "position_ids": torch.zeros(3, tokens)}
@@ -105,3 +105,32 @@ def test_models_of_other_attention_are_left_as_they_are():
     with pytest.raises(ValueError, match="runs by 'eager'"):
         group_queries(model)
     assert fx_nvfp4.group_queries is group_queries
+
+
+@pytest.mark.parametrize("family", ["Falcon", "DeepseekV32"])
+def test_models_that_ask_for_sdpa_by_name_are_left_as_they_are(family):
+    """Guards against logits that change: DeepSeek-V3.2 builds its indexer's mask for "sdpa" and "eager" alone."""
+    if not hasattr(transformers, f"{family}Config"):
+        pytest.skip(f"no {family} in this transformers")
+    kind = getattr(transformers, f"{family}ForCausalLM")
+    with torch.device("meta"):
+        model = kind(getattr(transformers, f"{family}Config")(num_hidden_layers=1, vocab_size=8))
+    before = model.config._attn_implementation
+    with pytest.raises(ValueError, match=r'"sdpa" by name \(modeling_\w+\.py:\d+\)|runs by'):
+        group_queries(model)
+    assert model.config._attn_implementation == before
+
+
+def test_parts_that_attend_otherwise_are_left_as_they_are():
+    """Guards against a vision tower that is moved from "eager", or flash attention, to ours."""
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**vision, "num_key_value_heads": 1, "vocab_size": 32}
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**vision, image_size=8, patch_size=4),
+        text_config=transformers.LlamaConfig(**text),
+    )
+    model = transformers.LlavaForConditionalGeneration(config)
+    model.set_attn_implementation({"": "sdpa", "text_config": "sdpa", "vision_config": "eager"})
+    group_queries(model)
+    parts = model.config, model.config.text_config, model.config.vision_config
+    assert [part._attn_implementation for part in parts] == [GROUPED, GROUPED, "eager"]

@@ -14,6 +14,7 @@ from fx_nvfp4.kernels.tile_candidates import candidates, registers, shared_bytes
 from fx_nvfp4.kernels.tile_config import (
     ALONE,
     BlockSizes,
+    TileConfig,
     TileConfigs,
     by_load,
     choose,
@@ -241,3 +242,10 @@ def test_a_file_of_something_else_is_tuned_anew(tmp_path, content):
     path = tmp_path / "gpu.json"
     path.write_text(content)
     assert tuning.Table(path).get(PROBLEM, 64) is None
+
+
+@pytest.mark.parametrize(("smallest", "largest"), [(16, 24), (8, 12), (16, 40), (16, 256), (64, 48), (48, 64)])
+def test_tiles_that_the_kernels_cannot_make(smallest, largest):
+    """Guards against a table that the host lays out for 24 tokens and the kernel reads as one for 16."""
+    with pytest.raises(ValueError, match=f"found tiles of {smallest} to {largest} tokens"):
+        TileConfig(64, smallest, largest, 64, num_warps=4, num_stages=3)

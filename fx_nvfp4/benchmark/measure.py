@@ -13,7 +13,7 @@ import torch
 import torch._inductor
 from torch import Tensor
 
-from ..attention import register
+from ..attention import GROUPED, group_queries
 from ..layers import compile_layers, uncompile_layers
 from .loading import Loading, measured_load, model_bytes, release
 from .recorded import Recorded
@@ -139,8 +139,7 @@ def measure(
         study = study or Study([], loading, name or folder.name, settings, where, torch.__version__)
         way.convert(model)
         if settings.attention:
-            register()  # of names that transformers does not know, ours
-            model.set_attn_implementation(settings.attention)
+            _attend(model, settings.attention)
         for batch, tokens in itertools.product(settings.batch, settings.tokens):
             study.rows.append(_time(model, way, batch, tokens, settings, device))
             progress(study)
@@ -149,6 +148,13 @@ def measure(
         release(device)
     assert study is not None  # there is a way: Settings looks
     return study
+
+
+def _attend(model: Any, implementation: str) -> None:
+    if implementation == GROUPED:
+        group_queries(model)
+    else:
+        model.set_attn_implementation(implementation)
 
 
 def _time(model: Any, way: Way, batch: int, tokens: int, settings: Settings, device: torch.device) -> Row:

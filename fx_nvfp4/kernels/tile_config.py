@@ -20,7 +20,7 @@ Target = Literal["hopper", "cuda", "hip"]
 class TileConfig:
     """Rows of the weight on M, tokens on N.
 
-    A tile of tokens holds up to `largest`, a power of two or one and a half of one; the loop is compiled for several
+    A tile of tokens holds up to `largest`, one of 8, 16, 32, 48, 64, 96, 128, 192; the loop is compiled for several
     `sizes` from `smallest` on, and each tile takes the least that holds it.
     at_once: tiles of tokens whose programs take turns.
     prefetched: columns that a program asks for before its inputs are ready, a power of two.
@@ -34,6 +34,13 @@ class TileConfig:
     num_stages: int
     at_once: int = 1
     prefetched: int = 512
+
+    def __post_init__(self) -> None:
+        if self.smallest not in self.sizes or self.largest not in self.sizes or self.largest > 192:
+            raise ValueError(
+                f"TileConfig: found tiles of {self.smallest} to {self.largest} tokens, expected of 8, 16, 32, 64, 128, "
+                "and for the largest also of 48, 96 or 192"
+            )
 
     @property
     def text(self) -> str:
