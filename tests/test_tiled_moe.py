@@ -146,16 +146,16 @@ def test_every_configuration_with_uneven_experts(config, sizes, device):
     check(block, x, ids, weights, TileConfigs(config, config))
 
 
-@pytest.mark.parametrize("mode", ["none", "static"])
+@pytest.mark.parametrize("mode", [pytest.param("none", marks=pytest.mark.slow), "static"])
 def test_tiles_between_powers_of_two(mode, device):
     """48 and 96 tokens, which are two products by the same decoded weights; experts that need one, or both in turn."""
     config = TileConfig(64, 16, 96, 64, num_warps=4, num_stages=2, at_once=8)
     assert config.sizes == (16, 32, 48, 64, 96)
-    act = NONE if mode == "none" else activations(mode, "hardware", True, 4, device)
-    block = make(experts=4, hidden=128, inner=64, act=act, device=device)
-    ids = torch.arange(4, device=device).repeat_interleave(torch.tensor([33, 96, 130, 1], device=device)).unsqueeze(1)
+    act = NONE if mode == "none" else activations(mode, "hardware", True, 3, device)
+    block = make(experts=3, hidden=64, inner=64, act=act, device=device)
+    ids = torch.arange(3, device=device).repeat_interleave(torch.tensor([33, 130, 1], device=device)).unsqueeze(1)
     ids = ids[torch.randperm(len(ids), device=device)]
-    x, weights = torch.randn(len(ids), 128, device=device).half(), torch.rand(len(ids), 1, device=device)
+    x, weights = torch.randn(len(ids), 64, device=device).half(), torch.rand(len(ids), 1, device=device)
     check(block, x, ids, weights, TileConfigs(config, config))
 
 
