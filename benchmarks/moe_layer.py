@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> Run:
     device = torch.device(args.device)
     ceilings = Ceilings(device)
     run = Run(device_name(device), ceilings.at_start)
-    print(f"{run.device}; {', '.join(f'{k} {v}' for k, v in run.environment.items() if v)}")
+    print(where(run))
     print(f"at the start: {run.at_start}")
     variants = [*map(ours, args.formats), *(PEERS[name] for name in args.peers)]
     for name in args.shapes:
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> Run:
 
 def show(run: Run, plot: str | None) -> Run:
     """Print what was measured before."""
-    print(f"{run.device}; {', '.join(f'{k} {v}' for k, v in run.environment.items() if v)}")
+    print(where(run))
     known = [*map(ours, FORMATS), *PEERS.values()]
     for title in dict.fromkeys(cell.shape for cell in run.cells):
         cells = [cell for cell in run.cells if cell.shape == title]
@@ -100,6 +100,11 @@ def measure_shape(
         bench.cells(variant, args.tokens or list(shape.tokens), report)
     del bench
     release()
+
+
+def where(run: Run) -> str:
+    """The device and all versions."""
+    return f"{run.device}; {', '.join(f'{k} {v}' for k, v in run.environment.items() if v)}"
 
 
 def heading(shape: Shape, cells: Sequence[Cell], run: Run) -> str:

@@ -45,7 +45,7 @@ def group_queries(model: Any) -> None:
             f'group_queries: {kind} does other things for "sdpa" by name ({asking}), which another name would turn '
             "off: leave it as it is"
         )
-    register()
+    _register()
     parts = {name: getattr(config, name, None) for name in getattr(config, "sub_configs", {})}
     own = {name: part._attn_implementation for name, part in parts.items() if part is not None}
     model.set_attn_implementation({"": GROUPED, **{n: GROUPED if how == "sdpa" else how for n, how in own.items()}})
@@ -65,7 +65,7 @@ def _asks_for_sdpa(model: Any) -> str | None:
     return None
 
 
-def register() -> None:
+def _register() -> None:
     """Make the name known to transformers; again does nothing."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask

@@ -295,7 +295,7 @@ def _bench_parser(commands: Any) -> argparse.ArgumentParser:
         help="replay each step of decoding as one CUDA graph; all: prefill too",
     )  # fmt: skip
     timed.add_argument(
-        "--attention", default="", metavar="NAME", help="transformers' attn_implementation; default its own"
+        "--attention", default="", metavar="NAME", help="of transformers, or sdpa_grouped; default the model's own"
     )
     timed.add_argument("--plot", type=Path, metavar="FILE", help="draw it too; needs matplotlib")
     timed.add_argument("--save", type=Path, metavar="FILE", help="what --json prints, saved after every measurement")

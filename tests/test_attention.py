@@ -11,6 +11,8 @@ from torch import nn
 
 import fx_nvfp4
 from fx_nvfp4.attention import GROUPED, group_queries, grouped_attention
+from fx_nvfp4.benchmark.measure import Settings, attend
+from fx_nvfp4.benchmark.table import render_how
 from fx_nvfp4.benchmark.timing import static_cache
 
 transformers = pytest.importorskip("transformers")
@@ -134,3 +136,15 @@ def test_parts_that_attend_otherwise_are_left_as_they_are():
     group_queries(model)
     parts = model.config, model.config.text_config, model.config.vision_config
     assert [part._attn_implementation for part in parts] == [GROUPED, GROUPED, "eager"]
+
+
+def test_the_benchmark_takes_ours_by_name_and_transformers_own():
+    """Guards against a name of ours that is set past the checks of group_queries."""
+    model = transformers_model("Qwen3Moe", torch.float32)
+    for name in (GROUPED, "eager"):
+        attend(model, name)
+        assert model.config._attn_implementation == name
+    with pytest.raises(ValueError, match="runs by 'eager'"):
+        attend(model, GROUPED)
+    assert render_how(Settings(attention=GROUPED)).endswith("attention by sdpa_grouped")
+    assert "attention" not in render_how(Settings())

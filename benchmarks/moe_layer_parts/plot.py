@@ -42,7 +42,8 @@ def save_plot(run: Run, file: str | Path) -> None:
         panel.set_axis_off()
     panels[0].set_ylabel("TFLOP/s")
     figure.suptitle(f"{run.device}, torch {run.environment['torch']}: {run.at_start}")
-    handles = dict(zip(*reversed(panels[0].get_legend_handles_labels()), strict=True)) if titles else {}
+    legends = (zip(*panel.get_legend_handles_labels(), strict=True) for panel in panels)
+    handles = {label: handle for legend in legends for handle, label in legend}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
     figure.savefig(file)
 

@@ -37,7 +37,8 @@ class Settings:
         ways: names in :data:`ways.WAYS`.
         by_layer: compile the layers, which are alike, and not the model as a whole; for all ways.
         record: "steps" of decoding, or "all" passes, prefill too: each is one CUDA graph; for all ways, on a GPU.
-        attention: transformers' name of an implementation, for all ways; "" for what the model has by itself.
+        attention: transformers' name of an implementation, or "sdpa_grouped" (:func:`fx_nvfp4.group_queries`), for all
+            ways; "" for what the model has by itself.
     """
 
     tokens: Sequence[int] = (128, 1024)
@@ -139,7 +140,7 @@ def measure(
         study = study or Study([], loading, name or folder.name, settings, where, torch.__version__)
         way.convert(model)
         if settings.attention:
-            _attend(model, settings.attention)
+            attend(model, settings.attention)
         for batch, tokens in itertools.product(settings.batch, settings.tokens):
             study.rows.append(_time(model, way, batch, tokens, settings, device))
             progress(study)
@@ -150,7 +151,8 @@ def measure(
     return study
 
 
-def _attend(model: Any, implementation: str) -> None:
+def attend(model: Any, implementation: str) -> None:
+    """Let a model attend by an implementation; ValueError as group_queries says."""
     if implementation == GROUPED:
         group_queries(model)
     else:

@@ -42,7 +42,7 @@ def render_bench(study: Study) -> str:
     s = study.settings
     return "\n".join(
         [
-            f"{study.model}, {s.new_tokens} new tokens, {_ACTIVATIONS[s.activations]}, {_how(s)}",
+            f"{study.model}, {s.new_tokens} new tokens, {_ACTIVATIONS[s.activations]}, {render_how(s)}",
             *table([_HEADER, *rows]),
             *_LEGEND,
             _loading(study.loading),
@@ -51,7 +51,8 @@ def render_bench(study: Study) -> str:
     )
 
 
-def _how(settings: Settings) -> str:
+def render_how(settings: Settings) -> str:
+    """What was compiled, and how the model attends."""
     whole = "layers compiled" if settings.by_layer else "compiled as a whole"
     recorded = {"": "", "steps": ", steps recorded as CUDA graphs", "all": ", all passes recorded as CUDA graphs"}
     attention = f", attention by {settings.attention}" if settings.attention else ""

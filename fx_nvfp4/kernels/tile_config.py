@@ -36,7 +36,7 @@ class TileConfig:
     prefetched: int = 512
 
     def __post_init__(self) -> None:
-        if self.smallest not in self.sizes or self.largest not in self.sizes or self.largest > 192:
+        if self.smallest not in self.sizes or self.largest not in self.sizes:
             raise ValueError(
                 f"TileConfig: found tiles of {self.smallest} to {self.largest} tokens, expected of 8, 16, 32, 64, 128, "
                 "and for the largest also of 48, 96 or 192"
@@ -56,7 +56,7 @@ class TileConfig:
         24 is 16 and 8, for which Hopper's matrix units want different layouts of the weight.
         """
         halfway = self.largest % 3 == 0
-        steps = (n for power in range(3, 9) for n in (2**power, 3 * 2**power // 2))
+        steps = (n for power in range(3, 8) for n in (2**power, 3 * 2**power // 2))
         return tuple(n for n in steps if self.smallest <= n <= self.largest and (n % 3 or (halfway and n >= 48)))
 
     @property
@@ -183,21 +183,21 @@ def _direct(tokens: int, sizes: BlockSizes, target: Target) -> tuple[TileConfig,
     A product's programs start while those of the one before still run, on whichever multiprocessor has room: few and
     wide ones come to be unevenly spread. The limits are those that fit what was measured of one token.
     """
-    usual, down, narrow, long = _FEW_TOKENS[target]
+    few = _FEW_TOKENS[target]
 
     def programs(rows: int, config: TileConfig) -> int:
         return tokens * sizes.top * math.ceil(rows / config.rows)
 
-    up, wide = usual, programs(sizes.hidden, down)
+    wide = programs(sizes.hidden, few.down)
     if sizes.inner >= 4096 and wide <= _FILLING:
-        return up, long
+        return few.up, few.long
     if tokens > 1:
-        return up, down
-    if sizes.rounds and _AT_ONCE < programs(sizes.up_rows, up) <= 2 * _AT_ONCE:
-        up = narrow
-    if sizes.rounds and programs(sizes.hidden, long) <= 2 * _AT_ONCE:
-        return up, long
-    return up, narrow if sizes.rounds or wide > _AT_ONCE else down
+        return few.up, few.down
+    if not sizes.rounds:
+        return few.up, few.narrow if wide > _AT_ONCE else few.down
+    just_fit = _AT_ONCE < programs(sizes.up_rows, few.up) <= 2 * _AT_ONCE
+    down = few.long if programs(sizes.hidden, few.long) <= 2 * _AT_ONCE else few.narrow
+    return few.narrow if just_fit else few.up, down
 
 
 def fitted(config: TileConfig, k: int) -> TileConfig:
@@ -238,11 +238,20 @@ def for_rows(rows: int, n: int, target: Target) -> TileConfig:
 
 def defaults(target: Target) -> list[TileConfigs]:
     """Pairs that hold all that is chosen without tuning, for each product."""
-    up, *narrower = _FEW_TOKENS[target]
-    few = [TileConfigs(fitted(up, k), down, direct=True) for down in narrower for k in _ANY_K]
-    few += [TileConfigs(fitted(narrower[1], k), narrower[1], direct=True) for k in _ANY_K]
+    one = _FEW_TOKENS[target]
+    pairs = [*((one.up, down) for down in (one.down, one.narrow, one.long)), (one.narrow, one.narrow)]
+    few = [TileConfigs(fitted(up, k), down, direct=True) for up, down in pairs for k in _ANY_K]
     alike = [fitted(c, k) for load in _BY_LOAD[target] for c in (load.config, *load.few) for k in _ANY_K]
     return list(dict.fromkeys([*few, *(TileConfigs(c, c) for c in (*alike, *ALONE[target]))]))
+
+
+class _Few(NamedTuple):
+    """What serves few tokens, each slot by itself."""
+
+    up: TileConfig
+    down: TileConfig
+    narrow: TileConfig  # of either product
+    long: TileConfig  # of a down product in few programs
 
 
 class _Load(NamedTuple):
@@ -261,16 +270,15 @@ def _same(most: float, config: TileConfig) -> _Load:
 _ANY_K = (256, 128, 64)  # the largest power of two in K, of which the first stands for those above
 _AT_ONCE = 396  # programs of 64 rows that an H100 holds at a time, four steps of 256 columns loaded ahead
 _FILLING = 256  # programs; an H100 has 132 multiprocessors
-# (up, down, narrower ones of either, of few and long programs)
-_FEW_TOKENS: dict[Target, tuple[TileConfig, TileConfig, TileConfig, TileConfig]] = {
-    "hopper": (
-        TileConfig(64, 8, 8, 256, num_warps=4, num_stages=3),
-        TileConfig(64, 8, 8, 256, num_warps=4, num_stages=3),
-        TileConfig(32, 8, 8, 256, num_warps=2, num_stages=4),
-        TileConfig(16, 8, 8, 512, num_warps=1, num_stages=3),
+_FEW_TOKENS: dict[Target, _Few] = {
+    "hopper": _Few(
+        up=TileConfig(64, 8, 8, 256, num_warps=4, num_stages=3),
+        down=TileConfig(64, 8, 8, 256, num_warps=4, num_stages=3),
+        narrow=TileConfig(32, 8, 8, 256, num_warps=2, num_stages=4),
+        long=TileConfig(16, 8, 8, 512, num_warps=1, num_stages=3),
     ),
-    "cuda": (TileConfig(32, 8, 8, 128, num_warps=2, num_stages=4),) * 4,
-    "hip": (TileConfig(32, 16, 16, 64, num_warps=2, num_stages=2),) * 4,
+    "cuda": _Few(*(TileConfig(32, 8, 8, 128, num_warps=2, num_stages=4),) * 4),
+    "hip": _Few(*(TileConfig(32, 16, 16, 64, num_warps=2, num_stages=2),) * 4),
 }
 # Hopper's are the fastest of those tried on an H100 and an H200 with Triton 3.6; nobody has timed the others, which are
 # the largest that spill no registers.

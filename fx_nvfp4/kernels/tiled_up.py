@@ -66,71 +66,30 @@ def up_tile(
         rest_ptrs = x_ptr + rest_slots // slots_per_row * K
     # Read ahead of the product, as nothing else would hide how long it takes.
     scale = row_scale(global_scale_ptr, stride_gn, output, N, factor)
-    gate_scale = row_scale(gate_global_scale_ptr, stride_gn, output, N, factor) if GATED else scale
+    if GATED:
+        gate_scale = row_scale(gate_global_scale_ptr, stride_gn, output, N, factor)
     acc, rest = product(
         words, scales, x_ptrs, mask, rest_ptrs, rest_mask, K, ROWS, BLOCK_K, STAGES, MASKED, ORDER, WAIT, dtype, FORM
     )
     for part in tl.static_range(2 if REST else 1):
-        leave_up(
-            acc if part == 0 else rest,
-            scale,
-            gate_scale,
-            gate_bias_ptr,
-            bias_ptr,
-            stride_bn,
-            h_scale_ptr,
-            output,
-            N,
-            out_ptr,
-            slots if part == 0 else rest_slots,
-            mask if part == 0 else rest_mask,
-            ACTIVATION,
-            GATED,
-            INTERLEAVED,
-            PERMUTE_H,
-            FORM,
-        )
-
-
-@triton.jit
-def leave_up(
-    acc,
-    scale,
-    gate_scale,
-    gate_bias_ptr,
-    bias_ptr,
-    stride_bn,
-    h_scale_ptr,
-    output,
-    N,
-    out_ptr,
-    slots,
-    mask,
-    ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    PERMUTE_H: tl.constexpr,
-    FORM: tl.constexpr,
-):
-    """acc [rows, tokens] to the rows `slots` of out."""
-    dtype: tl.constexpr = out_ptr.dtype.element_ty
-    ROWS: tl.constexpr = acc.shape[0]
-    TOKENS: tl.constexpr = acc.shape[1]
-    up = acc
-    if GATED:
-        if INTERLEAVED:
-            gate, up = tl.split(tl.permute(tl.reshape(acc, (ROWS // 2, 2, TOKENS)), (0, 2, 1)))
+        sums = acc if part == 0 else rest
+        up = sums
+        if GATED:
+            if INTERLEAVED:
+                gate, up = tl.split(tl.permute(tl.reshape(sums, (ROWS // 2, 2, sums.shape[1])), (0, 2, 1)))
+            else:
+                # A thread holds rows of both halves of the tile, so that this parts registers.
+                gate, up = tl.split(tl.permute(tl.reshape(sums, (2, ROWS // 2, sums.shape[1])), (1, 2, 0)))
+        up = scaled(up, scale, bias_ptr, stride_bn, output, N, dtype)
+        if GATED:
+            gate = scaled(gate, gate_scale, gate_bias_ptr, stride_bn, output, N, dtype)
+            rows = leave(ACTIVATION(gate, up), h_scale_ptr, PERMUTE_H, FORM == "sm90", dtype)
         else:
-            # A thread holds rows of both halves of the tile, so that this parts registers.
-            gate, up = tl.split(tl.permute(tl.reshape(acc, (2, ROWS // 2, TOKENS)), (1, 2, 0)))
-    up = scaled(up, scale, bias_ptr, stride_bn, output, N, dtype)
-    if GATED:
-        gate = scaled(gate, gate_scale, gate_bias_ptr, stride_bn, output, N, dtype)
-        rows = leave(ACTIVATION(gate, up), h_scale_ptr, PERMUTE_H, FORM == "sm90", dtype)
-    else:
-        rows = leave(ACTIVATION(up, up), h_scale_ptr, PERMUTE_H, FORM == "sm90", dtype)
-    column = permuted(output) if PERMUTE_H and output.shape[0] % 64 != 0 else output
-    tl.store(out_ptr + slots[:, None] * N + column[None, :], rows, mask=mask[:, None] & (output < N)[None, :])
+            rows = leave(ACTIVATION(up, up), h_scale_ptr, PERMUTE_H, FORM == "sm90", dtype)
+        column = permuted(output) if PERMUTE_H and output.shape[0] % 64 != 0 else output
+        places = slots if part == 0 else rest_slots
+        there = mask if part == 0 else rest_mask
+        tl.store(out_ptr + places[:, None] * N + column[None, :], rows, mask=there[:, None] & (output < N)[None, :])
 
 
 # Numbers that change from call to call must not lead to new compilations.
